@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from foveate.core.errors import BadInput, NothingObserved, NotOnInterface
+from foveate.core.cache import RaggedLayer, adopt, ragged_layers
+from foveate.core.errors import BadInput, NothingObserved, NotOnInterface, NotSupported
 from foveate.core.mask import Mask
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern
+from foveate.core.masking import as_mask, build_mask
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy
+from foveate.core.policy import compress
 from foveate.core.reductions import Match, Reduction
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
@@ -39,12 +42,13 @@ OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 def attach(model: PreTrainedModel, *mechanisms: Mechanism, engine: Engine = "auto") -> Iterator[Attached]:
     """Binds mechanisms to a model for the length of a `with` block.
 
-    Metrics observe, edits and patterns act, in the order in which they are given; an `attach` inside another one adds
-    to its stack. On leaving, the model computes bit for bit what it did before.
+    Metrics observe, edits and patterns act, in the order in which they are given, and a KV policy says which keys stay
+    in the cache; an `attach` inside another one adds to its stack. On leaving, the model computes bit for bit what it
+    did before. A cache that a policy compressed can be used again only while something is attached.
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
-        mechanisms: Metrics, edits, head edits and patterns.
+        mechanisms: Metrics, edits, head edits, patterns and at most one KV policy.
         engine: Which way of the row engine to use.
 
     Yields:
@@ -55,11 +59,11 @@ def attach(model: PreTrainedModel, *mechanisms: Mechanism, engine: Engine = "aut
         NothingObserved: on leaving, when an edit or a pattern was given and no attention call came by.
     """
     for m in mechanisms:
-        if not isinstance(m, Metric | Edit | HeadEdit | Pattern):
+        if not isinstance(m, Metric | Edit | HeadEdit | Pattern | Policy):
             hint = (
                 f"; run it with {type(m).__name__}(...).measure(model, tokenizer)" if isinstance(m, ModelMetric) else ""
             )
-            raise BadInput(f"{m!r} cannot be attached: not a Metric, Edit, HeadEdit or Pattern{hint}")
+            raise BadInput(f"{m!r} cannot be attached: not a Metric, Edit, HeadEdit, Pattern or Policy{hint}")
     outer = ACTIVE.get(model)
     with ExitStack() as stack:
         if outer is None:
@@ -70,7 +74,16 @@ def attach(model: PreTrainedModel, *mechanisms: Mechanism, engine: Engine = "aut
             outer.inner.append(attached)
             stack.callback(outer.inner.remove, attached)
         attached.mechanisms = mechanisms
+        policies = [m for m in (outer or attached).stacked() if isinstance(m, Policy)]
+        if len(policies) > 1:
+            raise BadInput(f"one KV policy at a time; {len(policies)} are attached: {policies}")
         yield attached
+        landed = (outer or attached).holding
+        if attached.calls and not landed and any(isinstance(m, Policy) for m in mechanisms):
+            raise NothingObserved(
+                f"{policies[0]!r} had nothing to act on: {type(model).__name__} ran without a KV cache of its own; use "
+                "`model.generate`, or leave use_cache on"
+            )
         if attached.calls == 0 and any(not isinstance(m, Metric) for m in mechanisms):
             raise NothingObserved(
                 f"{', '.join(type(m).__name__ for m in mechanisms)}: no attention call of {type(model).__name__} "
@@ -134,6 +147,8 @@ class Attached:
     trail: Trail | None = None
     crossing: set[torch.nn.Module] = field(default_factory=set)
     last: Rows | None = None
+    cache: Callable[[], Any] = field(default=lambda: None)
+    holding: dict[int, int] = field(default_factory=dict)
 
     @property
     def results(self) -> Results:
@@ -147,6 +162,10 @@ class Attached:
     def stack(self) -> list[Attached]:
         """This attachment and those inside it, in the order in which they act."""
         return [self, *itertools.chain.from_iterable(a.stack() for a in self.inner)]
+
+    def stacked(self) -> Iterator[Mechanism]:
+        """The mechanisms of the whole stack."""
+        return itertools.chain.from_iterable(a.mechanisms for a in self.stack())
 
     # ------------------------------------------------------------ the attention function
 
@@ -172,12 +191,14 @@ class Attached:
             layer = self.layers[module] = Layer(len(self.layers), type(module).__name__)
         if module in self.crossing and not layer.cross:
             layer = self.layers[module] = replace(layer, cross=True)
-        mask = as_mask(attention_mask, module, query, key, is_causal, sliding_window, layer.cross)
-        view = View(
+        cache = self.cache_of(key)
+        keys, offset = (key.shape[2], 0) if cache is None else (cache.seen, cache.seen - query.shape[2])
+        mask = as_mask(
+            attention_mask, module, query.shape[2], keys, query.device, is_causal, sliding_window, layer.cross, offset
+        )
+        view = partial(
+            View,
             query,
-            key,
-            value,
-            mask,
             scale=scaling if scaling is not None else query.shape[3] ** -0.5,
             softcap=softcap,
             sinks=s_aux,
@@ -186,13 +207,40 @@ class Attached:
             projection=output_projection(module, query.shape[1] * value.shape[3]),
             layer=layer,
         )
-        if self.trail is not None and not layer.cross:
-            view.tokens = self.trail.of(view)
-        return self.run(view).transpose(1, 2).contiguous(), None
+        out = self.run(view(key, value, mask)).out if cache is None else self.look_back(cache, view, key, value, mask)
+        return out.transpose(1, 2).contiguous(), None
 
-    def run(self, view: View) -> Tensor:
-        """One pass of the row engine for the whole stack; head outputs, edited."""
+    def look_back(
+        self, cache: RaggedLayer, view: Callable[..., View], key: Tensor, value: Tensor, mask: Mask
+    ) -> Tensor:
+        """Attention over a ragged cache and what came with the call; then the policy has its say."""
+        policy, layers = self.policy, ragged_layers(self.cache())
+        first, rows = not cache.filled, None
+        call = view(key, value, mask if first else Mask.full(key.shape[2], key.shape[2]))
+        if first:
+            rows = self.run(call, policy)
+            out = rows.out
+        else:
+            cache.settle(mask.valid)
+            store = cache.store
+            if self.idle and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
+                self.calls_seen()
+                out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks)
+            else:
+                out = self.run(view(*store.by_position(mask, call.grouped))).out
+        at = layers.index(cache)
+        if policy is None:
+            cache.settle(mask.valid)
+        else:
+            compress(policy, layers, at, call, mask, rows)
+        self.holding[at] = cache.bytes_held()
+        return out
+
+    def run(self, view: View, policy: Policy | None = None) -> Rows:
+        """One pass of the row engine for the whole stack; its head outputs are edited."""
         everyone = self.stack()
+        if self.trail is not None and not view.layer.cross:
+            view.tokens = self.trail.of(view)
         mechanisms = [(a, n, m) for a in everyone for n, m in enumerate(a.mechanisms)]
         metrics = [
             (a, n, m) for a, n, m in mechanisms if isinstance(m, Metric) and all(can(r, view) for r in m.needs())
@@ -200,19 +248,18 @@ class Attached:
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
         if len(patterns) > 1:
             raise BadInput(f"one pattern at a time; {len(patterns)} are attached: {patterns}")
+        asked = () if policy is None or policy.limits.whole else policy.needs()
         rows = attend_rows(
             view,
-            [r for _, _, m in metrics for r in m.needs()],
+            [*(r for _, _, m in metrics for r in m.needs()), *asked],
             edits=[m for _, _, m in mechanisms if isinstance(m, Edit)],
             pattern=patterns[0].select if patterns else None,
             engine=self.engine,
         )
-        for a in everyone:
-            a.calls += 1
-        out = rows.out
+        self.calls_seen()
         for _, _, m in mechanisms:
             if isinstance(m, HeadEdit):
-                out = m.edit(rows, out)
+                rows.out = m.edit(rows, rows.out)
         if metrics:
             rows.before = self.last if self.last is not None and self.last.layer.index == view.layer.index - 1 else None
             with torch.no_grad():
@@ -221,7 +268,62 @@ class Attached:
                     a.states[at] = m.update(a.states[at] if at in a.states else m.start(view.layer), rows)
             rows.before = None
             self.last = rows.samples()
-        return out
+        return rows
+
+    def calls_seen(self) -> None:
+        for a in self.stack():
+            a.calls += 1
+
+    # ------------------------------------------------------------ the cache
+
+    @property
+    def policy(self) -> Policy | None:
+        """The KV policy of the stack, if there is one."""
+        return next((m for m in self.stacked() if isinstance(m, Policy)), None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing wants to see or change rows."""
+        return all(isinstance(m, Policy) for m in self.stacked())
+
+    def cache_of(self, key: Tensor) -> RaggedLayer | None:
+        """The ragged layer that these keys were handed on by; None where the call has no such cache.
+
+        Raises:
+            NotSupported: the model changed its keys between its cache and its attention.
+        """
+        layers = ragged_layers(self.cache())
+        for layer in layers:
+            if layer.latest is not None and layer.latest() is key:
+                return layer
+        if any(layer.pending is not None for layer in layers):
+            raise NotSupported(
+                f"{type(self.model).__name__} changes its keys after caching them, so a KV policy cannot tell whose "
+                "they are; run it without a policy"
+            )
+        return None
+
+    def meet(self, cache: Any) -> None:
+        """Takes over the cache that a call brings along, where a policy wants it or an earlier one has been there."""
+        if self.policy is None and not ragged_layers(cache):
+            return
+        adopt(cache, weakref.ref(self), self.model.config)
+        if self.cache() is not cache:
+            self.cache = weakref.ref(cache)
+            self.holding = {}
+
+    def bytes_held(self) -> int:
+        """Bytes of the KV cache that was used last, as of its last call, everything that stays between calls included.
+
+        Raises:
+            NothingObserved: no call with a cache under a KV policy has come by.
+        """
+        if not self.holding:
+            raise NothingObserved(
+                "no call with a KV cache under a policy has come by; attach a policy and run `model.generate` or pass "
+                "`past_key_values`"
+            )
+        return sum(self.holding.values())
 
 
 def can(reduction: Reduction, view: View) -> bool:
@@ -291,11 +393,39 @@ def hooks(attached: Attached) -> Iterator[Any]:
             yield module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     # ids of an earlier call, or of another tower, are not those of this one; a model that embeds its ids itself and
     # hands the embeddings on to its language model is still the same call
     if module is attached.model or kwargs.get("inputs_embeds") is None:
         attached.trail = None
+    place = list(inspect.signature(type(module).forward).parameters)
+    if "past_key_values" not in place:
+        return None
+    at = place.index("past_key_values") - 1
+    cache = args[at] if at < len(args) else kwargs.get("past_key_values")
+    if cache is not None:
+        attached.meet(cache)
+    elif attached.policy is not None and wants_cache(attached, module, kwargs):
+        # the model would make one of its own inside, where nobody can reach it
+        cache = new_cache(module.config)
+        attached.meet(cache)
+        return args[:at], kwargs | {"past_key_values": cache}
+    return None
+
+
+def wants_cache(attached: Attached, module: torch.nn.Module, kwargs: dict) -> bool:
+    """Whether a model that was given no cache is about to make one."""
+    asked = kwargs.get("use_cache")
+    if asked is None:
+        asked = getattr(module.config.get_text_config(decoder=True), "use_cache", False)
+    return bool(asked) and any(getattr(m, "is_causal", False) for m in attached.layers)
+
+
+def new_cache(config: Any) -> Cache:
+    """The cache that a model of this configuration makes for itself."""
+    if getattr(config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    return DynamicCache(config=config)
 
 
 def embedding_called(attached: Attached, module: torch.nn.Module, args: tuple) -> None:
@@ -336,76 +466,3 @@ class Trail:
         tokens = self.seen[:, mask.key_offset :]
         # a static cache is longer than what has been written to it
         return torch.nn.functional.pad(tokens, (0, view.keys - tokens.shape[1]), value=-3)
-
-
-# ---------------------------------------------------------------- masks
-
-
-def build_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | Mask | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> Mask:
-    """The mask function beside our attention function: called as `sdpa_mask` is, it gives a `Mask`, no N x N tensor."""
-    if isinstance(attention_mask, Mask):
-        return attention_mask
-    first = int(q_offset)
-    position = torch.arange(q_length, device=device) + (first - kv_offset)
-    padding, valid = attention_mask, None
-    begin = torch.full((1,), -kv_offset, dtype=torch.int32, device=device)
-    if padding is not None:
-        begin = padding.to(torch.int32).argmax(-1).to(torch.int32) - kv_offset
-        if padding.shape[-1] >= first + q_length:
-            valid = padding[:, first : first + q_length].bool()
-        if bool(padding.all()) and padding.shape[-1] >= kv_length + kv_offset:
-            padding, valid = None, None
-    if padding is None and mask_function is causal_mask_function:
-        mask = Mask.causal_of(q_length, kv_length, device=device, offset=first - kv_offset)
-        return replace(mask, key_offset=kv_offset, begin=begin)
-
-    def allowed(a: int, b: int) -> Any:
-        return sdpa_mask(
-            batch_size,
-            b - a,
-            kv_length,
-            q_offset=first + a,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=padding,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-
-    return Mask.traced(allowed, q_length, kv_length, device, position, valid, kv_offset, begin)
-
-
-def as_mask(
-    given: Any,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    is_causal: bool | None,
-    window: int | None,
-    cross: bool,
-) -> Mask:
-    """A `Mask` from what the model handed over: ours, a tensor of the caller's own, or nothing at all."""
-    queries, keys = query.shape[2], key.shape[2]
-    if isinstance(given, Mask):
-        # a cross-attention's padding speaks of its keys
-        return replace(given, valid=None) if cross and given.valid is not None else given
-    if isinstance(given, Tensor):
-        return Mask.from_tensor(given)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if causal and queries > 1:
-        # as the model's own attention reads a missing mask: the first query stands at the first key
-        return Mask.causal_of(queries, keys, window, query.device, offset=0)
-    return Mask.full(queries, keys, query.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.accumulate import Cells, Estimate
+from foveate.core.budget import Amount, Budget
 from foveate.core.card import Card
 from foveate.core.params import check_bounds
 from foveate.core.reductions import Reduction
@@ -18,9 +20,10 @@ from foveate.core.reductions import Reduction
 if TYPE_CHECKING:
     import pandas as pd
 
+    from foveate.core.policy import Held
     from foveate.core.rows import Layer, RowBlock, Rows, View
 
-__all__ = ["Edit", "HeadEdit", "Mechanism", "Metric", "ModelMetric", "Pattern", "RowMetric", "Visits"]
+__all__ = ["Edit", "HeadEdit", "Mechanism", "Metric", "ModelMetric", "Pattern", "Policy", "RowMetric", "Visits"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,37 @@ class Visits:
         """The visits of single rows to keys first..last."""
         at = torch.arange(first, last, device=index.device)
         return self.table[:, :, index // self.rows][..., at // self.keys]
+
+
+class Policy(Mechanism):
+    """Says which keys a head keeps in its KV cache; its field `budget` says how many."""
+
+    budget: Amount
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        Budget.of(self.budget)
+
+    @cached_property
+    def limits(self) -> Budget:
+        """The budget in full."""
+        return Budget.of(self.budget)
+
+    def within(self, budget: Amount) -> Policy:
+        """The same policy with another budget."""
+        return replace(self, budget=budget)  # type: ignore[call-arg]
+
+    def needs(self) -> tuple[Reduction, ...]:
+        """Reductions over the rows since the last round of dropping that `score` reads."""
+        return ()
+
+    def score(self, held: Held) -> Float[Tensor, "batch kv_heads key"]:
+        """How much each entry is worth; the lowest are dropped. What `held` marks as no entry may be anything."""
+        raise NotImplementedError
+
+    def pinned(self, held: Held) -> Bool[Tensor, "batch kv_heads key"]:
+        """Entries that stay before all others, besides those that the budget pins."""
+        return torch.zeros_like(held.there)
 
 
 class Pattern(Mechanism):

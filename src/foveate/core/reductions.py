@@ -9,6 +9,7 @@ With the scores s_ij, the log-sum-exp lse_i of a row and the weight p_ij = exp(s
     OnKeys(columns)         \sum_j p_ij x_je                 columns x over the keys, the same for all heads
     ColumnMass()            \sum_i p_ij                      one number per key
     Sample(count)           p_i. whole, for a stated sample of rows
+    Last(count)             p_i. whole, for the last rows of each text
 
 `Match` is one idea for many questions: the labels "position" give a fixed offset, "first" the first token of the
 text, "token" the same word before, "follower" the word after an earlier copy of this one (induction).
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core.errors import BadInput, BadParameter
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ColumnMass",
     "Distance",
+    "Last",
     "Match",
     "OnKeys",
     "Reduction",
@@ -55,6 +57,10 @@ class Reduction:
     def one_sequence(self) -> bool:
         """Whether it compares positions of rows and keys, which must then count the same sequence."""
         return False
+
+    def rows(self, view: View) -> Int[Tensor, " sample"]:
+        """For samples: which rows of the call are taken."""
+        raise NotImplementedError
 
     def of_block(self, block: RowBlock) -> Tensor:
         """The dense definition, from the whole weights of one block of rows."""
@@ -201,6 +207,29 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Last(Reduction):
+    """Whole rows: the last real ones of each text.
+
+    Args:
+        count: How many; texts that are padded on the right add rows that are among the last of theirs only.
+    """
+
+    axis: ClassVar = "sample"
+    count: int = 32
+
+    def rows(self, view: View) -> Int[Tensor, " sample"]:
+        return self.members(view).any(0).nonzero()[:, 0]
+
+    def members(self, view: View) -> Bool[Tensor, "#batch query"]:
+        """Which rows are among the last of their own text."""
+        real = view.mask.rows
+        return real & (real.flip(-1).cumsum(-1).flip(-1) <= self.count)
+
+    def of_block(self, block: RowBlock) -> Float[Tensor, "batch heads rows keys"]:
+        return torch.nn.functional.pad(block.weights, (block.first, block.view.mask.keys - block.last))
+
+
+@dataclass(frozen=True)
 class Sample(Reduction):
     """Whole rows at evenly spread places, as pairs of neighbours (i - 1, i), for what must sort or compare rows.
 
@@ -212,6 +241,9 @@ class Sample(Reduction):
     axis: ClassVar = "sample"
     count: int = 32
     seed: int = 0
+
+    def rows(self, view: View) -> Int[Tensor, " sample"]:
+        return self.index(view.queries)
 
     def index(self, queries: int) -> Int[Tensor, " sample"]:
         """The sampled rows in order; the second of each pair stands at an odd place."""

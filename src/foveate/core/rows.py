@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from foveate.core import fused, onepass
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
-from foveate.core.reductions import Reduction, Sample, Sampled
+from foveate.core.reductions import Reduction, Sampled
 from foveate.core.rule import Rule, Softmax, lse_of
 
 __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
@@ -293,8 +293,8 @@ def attend(
         out, found = by_blocks(view, streamed, stages, view.queries if engine == "reference" else block)
 
     values: dict[Reduction, Any] = dict(found)
-    for sample in (r for r in wanted if isinstance(r, Sample)):
-        index = sample.index(view.queries).to(view.q.device)
+    for sample in (r for r in wanted if r.axis == "sample"):
+        index = sample.rows(view).to(view.q.device)
         values[sample] = Sampled(index, sample.of_block(stages.cut(view, index)))
     return Rows(view, out, values, engine)
 

@@ -4,7 +4,7 @@ from foveate.testing import check_mechanism
 check_mechanism(MyMetric)
 """
 
-from foveate.testing import tiny, views
+from foveate.testing import policies, tiny, views
 from foveate.testing.checks import CheckFailed, check_mechanism, checks_for
 
-__all__ = ["CheckFailed", "check_mechanism", "checks_for", "tiny", "views"]
+__all__ = ["CheckFailed", "check_mechanism", "checks_for", "policies", "tiny", "views"]

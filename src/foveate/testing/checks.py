@@ -28,7 +28,7 @@ from torch import Tensor
 from foveate.core.attach import attach, can
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput, BadParameter, unknown
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, RowMetric, Visits
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy, RowMetric, Visits
 from foveate.core.params import Bounds, bounds_of
 from foveate.core.reductions import Reduction, Sample, Sampled
 from foveate.core.rows import REFUSALS, Engine, Rows, View
@@ -40,7 +40,7 @@ __all__ = ["CheckFailed", "annotations_off", "check_mechanism", "checks_for"]
 
 ACTING = (Edit, HeadEdit, Pattern)
 ATTACHED = (Metric, *ACTING)
-ALL = (*ATTACHED, ModelMetric)
+ALL = (*ATTACHED, ModelMetric, Policy)
 # one of each trait, and the traits that get in each other's way
 VARIED = [
     "causal",

@@ -1,0 +1,1 @@
+"""KV policies: which keys each head keeps."""

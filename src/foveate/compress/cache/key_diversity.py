@@ -1,0 +1,51 @@
+r"""Key diversity: keep the keys that point away from the others.
+
+a = mean_j k_j / ||k_j||,        s_j = -cos(k_j, a)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.budget import Amount
+from foveate.core.card import Card, Needs
+from foveate.core.mechanism import Policy
+from foveate.core.policy import Held
+
+__all__ = ["KeyDiversity"]
+
+
+@dataclass(frozen=True)
+class KeyDiversity(Policy):
+    """Score each key by how little it resembles the mean direction of the keys.
+
+    Args:
+        budget: How many entries each KV head keeps.
+    """
+
+    budget: Amount = 0.25
+
+    card: ClassVar = Card(
+        title="KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in "
+        "Resource-Constrained Environments",
+        year=2025,
+        family="kv cache",
+        needs=Needs.KEYS,
+        equation="a = mean of k_j / ||k_j||; s_j = -cos(k_j, a)",
+        differs="a prompt that comes at once is scored once, the paper goes over it in blocks; feed it in chunks for "
+        "the paper's form. The budget's sinks and recent tokens stay",
+        use="when the question comes later: no query takes part, so nothing is tuned to the wrong one",
+        misleads="distinct is not important: rare tokens stay even where nobody reads them",
+    )
+
+    def score(self, held: Held) -> Float[Tensor, "batch kv_heads key"]:
+        # what is no entry may be anything, NaN too
+        k = torch.where(held.there[..., None], held.k.float(), 0.0)
+        direction = torch.nn.functional.normalize(k, dim=-1)
+        anchor = direction.sum(2, keepdim=True)
+        return -torch.nn.functional.cosine_similarity(direction, anchor, dim=-1)
