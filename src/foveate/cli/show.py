@@ -49,7 +49,7 @@ def command(
         "when to use": [escape(e["use"])],
         "misleads": [escape(e["misleads"]) or "nothing known"],
         "differs": [escape(e["differs"])],
-        "cannot": [f"{check}: {escape(why)}" for check, why in e["known_failures"].items()],
+        "limits": [f"{check}: {escape(why)}" for check, why in e["known_failures"].items()],
         "claims": claims(e) or ["none tested"],
         "example": [escape(e["example_shows"])],
     }
