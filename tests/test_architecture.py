@@ -99,12 +99,12 @@ def test_who_imports_whom(file: Path) -> None:
         assert not areas & {"cli", "report", "testing"}, "mechanisms know nothing of how they are shown or tested"
     if own != "cli":
         assert "cli" not in areas, "nothing stands on the command line"
-    if own not in ("testing", "__init__.py"):
-        assert "testing" not in areas
+    if own not in ("testing", "__init__.py") and file != ROOT / "cli" / "check.py":
+        assert "testing" not in areas, "only `foveate check` and the public name run checks"
 
 
 @pytest.mark.parametrize("file", FILES, ids=IDS)
-def test_only_the_door_touches_the_attention_interface(file: Path) -> None:
+def test_only_the_door_touches_a_model(file: Path) -> None:
     if file == ROOT / "core" / "attach.py":
         return
     watched = {
@@ -117,6 +117,7 @@ def test_only_the_door_touches_the_attention_interface(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text())):
         found = {getattr(node, key, None) for key in ("id", "attr", "name")}
         assert not found & watched, f"line {node.lineno}"
+        assert not [n for n in found if re.fullmatch("register_.*hook", str(n))], f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("name", registry.names())

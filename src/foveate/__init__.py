@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.core.attach import attach
+    from foveate.core.budget import Budget
     from foveate.core.errors import FoveateError
     from foveate.core.registry import find, make, names
     from foveate.models import load
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 # Looked up on first use: `import foveate` and `foveate list` must not wait for torch.
 HOMES = {
+    "Budget": "foveate.core.budget",
     "FoveateError": "foveate.core.errors",
     "Profile": "foveate.profiling",
     "attach": "foveate.core.attach",
@@ -37,6 +39,7 @@ HOMES = {
 }
 
 __all__ = [
+    "Budget",
     "FoveateError",
     "Profile",
     "__version__",

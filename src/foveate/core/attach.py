@@ -31,7 +31,7 @@ from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
 from foveate.core.rows import attend as attend_rows
 
-__all__ = ["Attached", "attach", "attention_layers"]
+__all__ = ["Attached", "attach", "attention_layers", "overheard"]
 
 ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, Attached] = weakref.WeakKeyDictionary()
 COUNTER = itertools.count()
@@ -133,7 +133,24 @@ def output_projection(module: torch.nn.Module, inner: int) -> Tensor | None:
 
 @dataclass(eq=False)
 class Attached:
-    """What is bound to a model, and what it found so far."""
+    """What is bound to a model, and what it found so far.
+
+    Args:
+        model: The model.
+        mechanisms: What was given to `attach`, in the order in which it acts.
+        engine: Which way of the row engine is used.
+        layers: The attention modules and what is known of them.
+        parent: The attachment around this one, if there is one.
+        inner: Attachments inside of this one.
+        states: States of the metrics, by number of the mechanism and of the layer.
+        calls: Attention calls so far.
+        trails: Token ids behind the keys, by embedding.
+        trail: The one of the running call.
+        crossing: Modules whose running call looks at another sequence.
+        last: Samples of the layer before.
+        cache: Weak reference to the cache of the running call, under a KV policy.
+        holding: Bytes that its layers held after their last call.
+    """
 
     model: PreTrainedModel
     mechanisms: tuple[Mechanism, ...] = ()
@@ -440,6 +457,42 @@ def attention_called(
 ) -> None:
     other = kwargs.get(name, args[place] if place < len(args) else None)
     (attached.crossing.discard if other is None else attached.crossing.add)(module)
+
+
+@contextmanager
+def overheard(
+    attached: Attached, makers: Callable[[torch.nn.Module], bool]
+) -> Iterator[dict[torch.nn.Module, tuple[Tensor, torch.nn.Module | None]]]:
+    """What goes into each attention module, for metrics that ask how a model uses its weights.
+
+    Args:
+        attached: What is attached; its model is listened to for as long as the `with` block lasts.
+        makers: Which modules to tell as the makers of what goes in.
+
+    Yields:
+        For each attention module that was called, its hidden states and the module whose output they are, if it is
+        one of the makers.
+    """
+    found: dict[torch.nn.Module, tuple[Tensor, torch.nn.Module | None]] = {}
+    made: dict[int, tuple[Tensor, torch.nn.Module]] = {}
+
+    def entered(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor):
+            found[module] = x, made[x.data_ptr()][1] if x.data_ptr() in made else None
+
+    def left(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        # the tensor is kept, so that its address cannot be given to another one
+        if isinstance(output, Tensor):
+            made[output.data_ptr()] = output, module
+
+    with ExitStack() as stack:
+        for module in attached.layers:
+            stack.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        for module in attached.model.modules():
+            if makers(module):
+                stack.callback(module.register_forward_hook(left).remove)
+        yield found
 
 
 @dataclass

@@ -27,6 +27,21 @@ class Entropy(RowMetric):
     """Mean entropy of a head's rows, in nats (`entropy`) and relative to the row's length (`entropy_relative`).
 
     Rows that see a single key have relative entropy 0.
+
+    Example:
+        Heads that pick one key have no entropy; the head that averages has the most that there can be (but for its
+        first row, which sees one key).
+
+        >>> import foveate
+        >>> from foveate.measure import Entropy
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, Entropy()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "entropy")
+        {'first': 0.0, 'previous': 0.0, 'self': 0.0, 'average': 1.67}
+        >>> handmade.named(attached.results.heads, "entropy_relative")
+        {'first': 0.0, 'previous': 0.0, 'self': 0.0, 'average': 0.92}
     """
 
     card: ClassVar = Card(

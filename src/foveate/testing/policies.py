@@ -1,9 +1,9 @@
-"""What every KV policy promises, shown on whole tiny models: prefill, chunked prefill, decoding, padding, batches."""
+"""Whole tiny models under a KV policy: a prompt, at once or in chunks, and then token by token."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,23 @@ from transformers.cache_utils import DynamicCache
 from foveate.core.attach import attach
 from foveate.core.budget import Budget
 from foveate.core.cache import RaggedLayer, ragged_layers
-from foveate.core.errors import NotSupported
 from foveate.core.mechanism import Edit, Policy
-from foveate.core.policy import Held
 from foveate.core.ragged import EMPTY
-from foveate.core.reductions import Reduction
 from foveate.testing import tiny
-from foveate.testing.checks import Broken, check, expect
 
-__all__ = ["Run", "run", "tight"]
+__all__ = [
+    "HideDropped",
+    "Run",
+    "decoded",
+    "ids_of",
+    "left_padded",
+    "padded_ids",
+    "positions",
+    "run",
+    "run_masked",
+    "tight",
+    "whole",
+]
 
 PROMPT = 41
 STEPS = 9
@@ -106,6 +114,7 @@ def run(
 
 
 def ids_of(batch: int = 2, length: int = PROMPT + STEPS, seed: int = 0) -> Tensor:
+    """Random token ids."""
     return torch.randint(4, tiny.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -121,19 +130,9 @@ def whole(m: Policy) -> Policy:
     return m.within(Budget(1.0, every=m.limits.every))
 
 
-# ---------------------------------------------------------------- the checks
-
-
 def padded_ids(ids: Tensor, padding: Tensor) -> Tensor:
     """The ids with 0 where they are padded."""
     return ids * torch.cat([padding, torch.ones_like(ids[:, padding.shape[1] :])], 1)
-
-
-def alike(got: Tensor, want: Tensor, where: str, tolerance: float = 2e-4) -> None:
-    """Fails unless logits agree, relative to their size."""
-    expect(got.shape == want.shape, f"{where}: logits {tuple(got.shape)} instead of {tuple(want.shape)}")
-    apart = float(((got - want).abs() / want.abs().amax().clamp_min(1)).nan_to_num(torch.inf).max())
-    expect(apart <= tolerance, f"{where}: logits are {apart:.3g} apart (allowed {tolerance:g})")
 
 
 def decoded(r: Run) -> Tensor:
@@ -149,121 +148,13 @@ def positions(r: Run) -> list[list[list[list[int]]]]:
     ]
 
 
-@check(Policy)
-def keeping_everything(m: Policy) -> None:
-    """With the whole budget a model says what it says without a policy."""
-    for family in ("llama", "gemma3", "gpt_oss"):
-        model, ids, padding = tiny.model(family), ids_of(), left_padded()
-        for pad in (None, padding):
-            given = ids if pad is None else padded_ids(ids, pad)
-            plain = decoded(run(model, given, None, pad))
-            for chunks in ((), (7, 20)):
-                got = decoded(run(model, given, whole(m), pad, chunks))
-                alike(got, plain, f"{family}, {'padded, ' if pad is not None else ''}chunks at {chunks}")
-
-
-@check(Policy)
-def budget(m: Policy) -> None:
-    """No head ever holds more than the budget says, and what is pinned is there."""
-    model, ids, padding = tiny.model("llama"), ids_of(), left_padded()
-    for policy in (tight(m), tight(m, keep=12), tight(m, every=0), tight(m, heads="layer"), tight(m, layers="pyramid")):
-        given, b = padded_ids(ids, padding), policy.limits
-        calls: list[int] = []
-
-        def look(layers: list[RaggedLayer], b: Budget = b, calls: list = calls) -> None:
-            calls.append(layers[0].seen)
-            decoding = layers[0].seen > PROMPT
-            if b.every == 0 and decoding:
-                return
-            for n, one in enumerate(layers):
-                # as a budget counts, whatever this one says of itself
-                allowed = Budget.counts(b, one.real, n, len(layers), 2, 1)
-                held = one.store.length
-                over = held.sum(1) > allowed.sum(1) if b.heads == "layer" else (held > allowed).any(1)
-                expect(not bool(over.any()), f"{b}: layer {n} holds {held.tolist()} of {allowed.tolist()}")
-                at = one.store.positions()
-                rising = (at[..., 1:] > at[..., :-1]) | (at[..., 1:] == EMPTY)
-                expect(bool(rising.all()), f"layer {n}: entries are not in the order of their positions")
-                for row in range(len(at)):
-                    first, last = one.seen - int(one.real[row]), one.seen
-                    for must in (*range(first, first + b.sinks), *range(last - b.recent, last)):
-                        there = (at[row] == must).any(-1)
-                        expect(bool(there.all()), f"{b}: token {must} is pinned and gone from layer {n}, row {row}")
-
-        run(model, given, policy, padding, chunks=(17,), after=look)
-        expect(len(calls) == STEPS + 2, "a call went by unseen")
-
-
-@check(Policy)
-def bytes_held(m: Policy) -> None:
-    """The bytes that are reported are those of all tensors that stay, and dropping frees them."""
-    model, ids = tiny.model("llama"), ids_of(length=160 + STEPS)
-
-    def look(layers: list[RaggedLayer]) -> None:
-        for one in layers:
-            found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(one)}
-            expect(
-                one.bytes_held() == sum(found.values()), f"reports {one.bytes_held()} of {sum(found.values())} bytes"
-            )
-
-    full = run(model, ids, whole(m), after=look).reported[-1]
-    less = run(model, ids, tight(m), after=look).reported[-1]
-    expect(less < 0.6 * full, f"holds {less} bytes with a budget of 0.4 and {full} with all of it")
-
-
-def tensors_of(thing: Any, deep: int = 4) -> Iterator[Tensor]:
-    """All tensors that an object holds, found without knowing its fields."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif deep:
-        parts = thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
-        for part in parts:
-            if not callable(part) or isinstance(part, Tensor):
-                yield from tensors_of(part, deep - 1)
-
-
-@check(Policy)
-def row_alone(m: Policy) -> None:
-    """A padded row of a batch says and keeps what it does alone, whatever the other rows say."""
-    padding, ids = left_padded(), ids_of()
-    cut = int((padding[1] == 0).sum())
-    for family in ("llama", "mistral"):
-        model = tiny.model(family)
-        for chunks in ((), (17, 29)):
-            both = run(model, padded_ids(ids, padding), tight(m), padding, chunks)
-            alone = run(model, ids[1:, cut:], tight(m), None, [c - cut for c in chunks])
-            where = f"{family}, chunks at {chunks}"
-            alike(decoded(both)[1:], decoded(alone), f"{where}: the padded row beside the same row alone")
-            shifted = [[[p - cut for p in head] for head in layer[1]] for layer in positions(both)]
-            same = shifted == [layer[0] for layer in positions(alone)]
-            expect(same, f"{where}: the padded row keeps other tokens than the same row alone")
-            first = run(model, ids[:1], tight(m), None, chunks)
-            alike(decoded(both)[:1], decoded(first), f"{where}: the longer row beside the same row alone")
-            other = torch.cat([ids_of(seed=7)[:1], ids[1:]])
-            beside = run(model, padded_ids(other, padding), tight(m), padding, chunks)
-            alike(decoded(beside)[1:], decoded(both)[1:], f"{where}: another text in the other row")
-
-
-@check(Policy)
-def reads_what_it_holds(m: Policy) -> None:
-    """Attention over what is held equals full attention in which all else is masked."""
-    padding, ids = left_padded(), ids_of()
-    for family in ("llama", "gpt_oss", "gemma2"):
-        model = tiny.model(family)
-        given = padded_ids(ids, padding)
-        kept: list[list[Tensor]] = []
-
-        def look(layers: list[RaggedLayer], kept: list = kept) -> None:
-            kept.append([one.store.positions() for one in layers])
-
-        got = run(model, given, tight(m), padding, chunks=(23,), after=look)
-        want = run_masked(model, given, padding, (23,), kept)
-        alike(decoded(got), want, f"{family}: beside a mask over the full cache")
-
-
 @dataclass(frozen=True)
 class HideDropped(Edit):
-    """Masks the keys that a policy had dropped before the call that runs now."""
+    """Masks the keys that a policy had dropped before the call that runs now.
+
+    Args:
+        kept: Positions held after each call, per layer, and a list of one number: the calls so far.
+    """
 
     kept: tuple = ()
 
@@ -301,85 +192,3 @@ def run_masked(model: Any, ids: Tensor, padding: Tensor, chunks: Sequence[int], 
             said.append(out.logits[:, -1])
             now[0] += 1
     return torch.stack(said, 1)[:, -STEPS - 1 :]
-
-
-@check(Policy)
-def free_slots(m: Policy) -> None:
-    """What stands where there is no entry has no influence."""
-    model, ids, padding = tiny.model("llama"), ids_of(), left_padded()
-
-    def spoil(layers: list[RaggedLayer]) -> None:
-        for one in layers:
-            free = one.store.position == EMPTY
-            one.store.keys[free], one.store.values[free], one.store.score[free] = torch.nan, torch.nan, torch.nan
-
-    given = padded_ids(ids, padding)
-    clean = run(model, given, tight(m), padding, chunks=(17,))
-    spoilt = run(model, given, spoilt_by(tight(m)), padding, chunks=(17,), after=spoil)
-    alike(decoded(spoilt), decoded(clean), "with NaN where there is no entry", 0.0)
-
-
-def spoilt_by(m: Policy) -> Policy:
-    """The policy, shown NaN where there is no entry."""
-    cls: Any = dataclass(frozen=True)(type("Spoilt", (Spoilt,), {"card": m.card}))
-    return cls(m, m.limits)
-
-
-@dataclass(frozen=True)
-class Spoilt(Policy):
-    """A policy that is shown NaN where there is no entry."""
-
-    inner: Policy
-    budget: Any = 1.0
-
-    def needs(self) -> tuple[Reduction, ...]:
-        return self.inner.needs()
-
-    def pinned(self, held: Held) -> Tensor:
-        return self.inner.pinned(held)
-
-    def score(self, held: Held) -> Tensor:
-        gone, view = ~held.there, held.rows.view
-        k, v = (t.masked_fill(gone[..., None], torch.nan) for t in (view.k, view.v))
-        before = held.before.masked_fill(gone, torch.nan)
-        return self.inner.score(replace(held, rows=replace(held.rows, view=replace(view, k=k, v=v)), before=before))
-
-
-@check(Policy)
-def prompts(m: Policy) -> None:
-    """Works from a prompt of one token on, shorter than its windows, and gives the same twice."""
-    model = tiny.model("llama")
-    for prompt in (1, 2, 5, 19):
-        ids = ids_of(1, prompt + STEPS)
-        for policy in (m, tight(m)):
-            one, two = (run(model, ids, policy) for _ in range(2))
-            expect(bool(one.logits.isfinite().all()), f"logits after a prompt of {prompt} tokens are not finite")
-            expect(positions(one) == positions(two), f"other tokens are kept the second time, prompt of {prompt}")
-            alike(two.logits, one.logits, f"the second time, prompt of {prompt} tokens", 0.0)
-
-
-@check(Policy)
-def half_precision(m: Policy) -> None:
-    """Works in bfloat16, near to what float32 says."""
-    model, ids = tiny.model("llama"), ids_of()
-    want = decoded(run(model, ids, whole(m)))
-    got = run(model.bfloat16(), ids, tight(m))
-    expect(got.layers[0].store.keys.dtype == torch.bfloat16, "keys are not kept in the model's dtype")
-    expect(bool(got.logits.isfinite().all()), "logits are not finite")
-    alike(decoded(run(model, ids, whole(m))).float(), want, "whole budget in bfloat16", 0.1)
-
-
-@check(Policy)
-def leaves_no_trace(m: Policy) -> None:
-    """After leaving, the model computes what it did before, and a compressed cache refuses to be misread."""
-    model, ids = tiny.model("llama"), ids_of()
-    before = run(model, ids, None).logits
-    with torch.no_grad(), attach(model, tight(m)):
-        cache = model(input_ids=ids[:, :PROMPT], use_cache=True).past_key_values
-    expect(bool((run(model, ids, None).logits == before).all()), "logits differ after leaving")
-    try:
-        with torch.no_grad():
-            model(input_ids=ids[:, PROMPT:], past_key_values=cache, use_cache=True)
-    except NotSupported:
-        return
-    raise Broken("a compressed cache was read by the model's own attention without a word")

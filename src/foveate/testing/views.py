@@ -29,8 +29,8 @@ class Situation:
     Args:
         mask: From the batch, queries and keys.
         batch, queries, keys, heads, kv_heads, dim, value_dim: Sizes.
-        traits: What a check may select by.
         softcap, sinks, bias: What the layer adds to plain attention.
+        cross: Whether the keys come from another sequence.
         spread: Standard deviation of the queries; large ones give peaked rows.
         dtype: Of queries, keys and values.
     """

@@ -26,6 +26,20 @@ class KeyDiversity(Policy):
 
     Args:
         budget: How many entries each KV head keeps.
+
+    Example:
+        A letter that keeps coming back has the mean direction; the rare ones stay.
+
+        >>> import torch
+        >>> import foveate
+        >>> from foveate.compress import KeyDiversity
+        >>> from foveate.testing import handmade
+        >>> text = "aaaabaaaacaaa"
+        >>> policy = KeyDiversity(foveate.Budget(5, sinks=1, recent=1, every=0))
+        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        ...     cache = attached.model(handmade.ids(text)).past_key_values
+        >>> handmade.kept(cache, text, layer=1)["same"]
+        '····b····c·aa'
     """
 
     budget: Amount = 0.25

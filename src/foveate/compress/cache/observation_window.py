@@ -30,6 +30,22 @@ class ObservationWindow(Policy):
         budget: How many entries each KV head keeps.
         window: How many last rows vote; they stay themselves as the budget's recent tokens.
         kernel: Neighbours over which weights are averaged, an odd number; 1 for none.
+
+    Example:
+        What the last two rows look at stays, with its neighbours on either side.
+
+        >>> import torch
+        >>> import foveate
+        >>> from foveate.compress import ObservationWindow
+        >>> from foveate.testing import handmade
+        >>> text = "To be. Or not to be. Ask."
+        >>> policy = ObservationWindow(foveate.Budget(8, sinks=1, recent=2, every=0), window=2, kernel=3)
+        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        ...     cache = attached.model(handmade.ids(text)).past_key_values
+        >>> handmade.kept(cache, text, layer=1)["stop"]
+        '·····. ···········e. ··k.'
+        >>> handmade.kept(cache, text, layer=1)["same"]
+        '······ ···········e. ·sk.'
     """
 
     budget: Amount = 0.25

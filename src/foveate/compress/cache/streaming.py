@@ -28,6 +28,22 @@ class Streaming(Policy):
 
     Args:
         budget: How many entries each KV head keeps.
+
+    Example:
+        Both ends stay, the same for every head.
+
+        >>> import torch
+        >>> import foveate
+        >>> from foveate.compress import Streaming
+        >>> from foveate.testing import handmade
+        >>> text = "To be. Or not to be. Ask."
+        >>> policy = Streaming(foveate.Budget(8, sinks=3, recent=2, every=0))
+        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        ...     cache = attached.model(handmade.ids(text)).past_key_values
+        >>> handmade.kept(cache, text, layer=1)["stop"]
+        'To·················· Ask.'
+        >>> handmade.kept(cache, text, layer=1)["same"]
+        'To·················· Ask.'
     """
 
     budget: Amount = 0.25
