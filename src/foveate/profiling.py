@@ -182,8 +182,7 @@ class Profile:
             keys = pd.read_parquet(folder / "keys.parquet")
             arrays: dict[str, np.ndarray] = {}
             if (folder / "arrays.npz").is_file():
-                with np.load(folder / "arrays.npz", allow_pickle=False) as found:
-                    arrays = dict(found)
+                arrays = opened.read_arrays(folder / "arrays.npz")
             maps, windows, pieces = opened.read(folder)
         except (*DAMAGED, pyarrow.ArrowException) as e:
             if isinstance(e, FoveateError):
