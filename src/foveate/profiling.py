@@ -153,6 +153,8 @@ class Profile:
             files += opened.FILES
         if self.states is not None and self.states.is_dir():
             shutil.copytree(self.states, folder / "states", copy_function=link_or_copy)
+            # a temporary folder is for its owner alone, a profile is not
+            (folder / "states").chmod(0o755)
         return files
 
     @classmethod
