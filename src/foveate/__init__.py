@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from foveate.models import load
     from foveate.profiling import Profile, profile
     from foveate.testing import check_mechanism
+    from foveate.zooming import zoom
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ HOMES = {
     "make": "foveate.core.registry",
     "names": "foveate.core.registry",
     "profile": "foveate.profiling",
+    "zoom": "foveate.zooming",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "make",
     "names",
     "profile",
+    "zoom",
 ]
 
 

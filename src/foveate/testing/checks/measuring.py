@@ -110,6 +110,8 @@ def measured(
                 found[f"{label} ({part}, layer {n})"] = getattr(estimate, part)
         for label, values in m.per_key(state).items():
             found[f"{label} (per key, layer {n})"] = values[:, real_keys(calls[-1], values.shape[1])]
+        for label, values in m.arrays(state).items():
+            found[f"{label} (array, layer {n})"] = values
     return found
 
 
