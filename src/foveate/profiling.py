@@ -82,8 +82,12 @@ class Profile:
         ax.figure.colorbar(image, ax=ax)
         return ax
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], report: str | None = None) -> Path:
         """Writes heads.parquet, keys.parquet and profile.json; all of them or nothing.
+
+        Args:
+            folder: Where to; a profile that is there is replaced.
+            report: What `foveate.report.report` made of this profile, to be written as report.html beside the others.
 
         Raises:
             BadInput: the folder holds something that is no profile, or cannot be written.
@@ -97,6 +101,8 @@ class Profile:
             self.heads.to_parquet(temporary / "heads.parquet", index=False)
             self.keys.to_parquet(temporary / "keys.parquet", index=False, compression="zstd")
             (temporary / "profile.json").write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+            if report is not None:
+                (temporary / "report.html").write_text(report, encoding="utf-8")
             temporary.chmod(0o755)
             if target.exists():
                 old = target.with_name(f".{target.name}-{os.getpid()}-old")

@@ -67,13 +67,31 @@ def command(
             progress=progress,
             name=Path(model).name,
         )
-    folder = found.save(target)
+    page = draw(found, screen)
+    folder = found.save(target, page)
     if as_json:
         json.dump({k: v for k, v in found.info.items() if k != "ids"}, sys.stdout, indent=2)
         print()
     else:
         show(found, screen)
     screen.print(f"\nwritten: {folder}/heads.parquet, keys.parquet, profile.json", soft_wrap=True)
+    if page is not None:
+        screen.print(f"{folder}/report.html", soft_wrap=True)
+
+
+def draw(profile: Profile, screen: Console) -> str | None:
+    """The report; None when it cannot be made, for then the numbers must not be lost with it."""
+    from rich.markup import escape
+
+    from foveate.report import report
+
+    with screen.status("drawing the report …"):
+        try:
+            return report(profile)
+        except Exception as e:
+            reason = f"{type(e).__name__}: {e}"
+    screen.print(f"[yellow]no report.html[/] {escape(reason)}; try again with `foveate report`", soft_wrap=True)
+    return None
 
 
 def split_specs(metrics: str | None) -> list[str] | None:
