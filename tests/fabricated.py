@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from foveate.opened import Map, Window
 
+from foveate.opened import Map, Window
 from foveate.profiling import Profile
 from foveate.summary import summarise
 

@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import os
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -117,8 +116,9 @@ def test_sentences_link_to_their_evidence(profile):
         assert f">{link.text}</a>" in html
     assert ("data-head", "2.1") in page.attributes
     assert {dict([a])["data-metric"] for a in page.attributes if a[0] == "data-metric"} <= measured
+    said = "".join(page.text)
     for sentence in sentences(profile.info):
-        assert sentence in re.sub(r"<[^>]+>", "", html), "the page says what the terminal says"
+        assert sentence in said, "the page says what the terminal says"
 
 
 def test_hostile_text_stays_text(hostile):

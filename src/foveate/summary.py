@@ -128,7 +128,7 @@ def concentration(s: dict[str, Any]) -> Sentence:
     parts: list[str | Link] = []
     if "column_mass_top5" in s:
         share = Link(f"{s['column_mass_top5']:.0%}", "column_mass_top5")
-        parts += ["The heaviest 5 % of the keys hold ", share, " of a head's mass on average. "]
+        parts += ["The heaviest 5% of the keys hold ", share, " of a head's mass on average. "]
     if "entropy" in s:
         even = Link(f"{s['entropy']:.2f} nats", "entropy")
         parts += ["The mean entropy of a row is ", even, f", as much as {math.exp(s['entropy']):.0f} equal keys have."]

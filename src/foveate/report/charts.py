@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from bokeh.core.properties import value
 from bokeh.document import Document
 from bokeh.models import (
     BasicTicker,
@@ -24,6 +25,7 @@ from bokeh.models import (
     LegendItem,
     LinearColorMapper,
     LogColorMapper,
+    LogTicker,
     NumeralTickFormatter,
     Range1d,
     Title,
@@ -41,6 +43,7 @@ Data = dict[str, Any]
 # both are told apart by colour-blind readers, and legible on white and on black
 COLOURS = ("#3a7fc4", "#d9822b")
 GREY = "#8a8f98"
+FONT = "system-ui, sans-serif"
 CELL = 17
 
 
@@ -87,7 +90,7 @@ def plain(name: str, height: int, **more: Any) -> figure:
     plot.grid.grid_line_color = None
     plot.axis.minor_tick_line_color = None
     plot.axis.axis_label_text_font_style = "normal"
-    plot.axis.axis_label_text_font = plot.axis.major_label_text_font = "system-ui, sans-serif"
+    plot.axis.axis_label_text_font = plot.axis.major_label_text_font = FONT
     plot.axis.axis_label_text_font_size = plot.axis.major_label_text_font_size = "12px"
     return plot
 
@@ -102,9 +105,9 @@ def bar(plot: figure, mapper: ColorMapper, title: str = "", **more: Any) -> None
             title=title,
             title_text_font_style="normal",
             title_text_font_size="12px",
-            title_text_font="system-ui, sans-serif",
+            title_text_font=FONT,
             major_label_text_font_size="11px",
-            major_label_text_font="system-ui, sans-serif",
+            major_label_text_font=FONT,
             background_fill_color=None,
             bar_line_color=None,
             major_tick_line_color=None,
@@ -129,10 +132,8 @@ def grid(name: str, table: Table, diverging: bool = False) -> figure:
     )
     step = max(1, -(-width // 12))
     plot.xaxis.ticker = FixedTicker(ticks=list(range(0, width, step)))
-    plot.yaxis.ticker = BasicTicker(max_interval=None, desired_num_ticks=8)
-    plot.add_layout(
-        Title(text="", name=f"{name}_title", text_font_size="13px", text_font="system-ui, sans-serif"), "above"
-    )
+    plot.yaxis.ticker = whole()
+    plot.add_layout(Title(text="", name=f"{name}_title", text_font_size="13px", text_font=FONT), "above")
     columns = ("x", "y", "v", "alpha", "head", "text", "kind")
     source = ColumnDataSource({c: [] for c in columns}, name=f"{name}_source")
     # the middle of a diverging palette is 0
@@ -144,9 +145,16 @@ def grid(name: str, table: Table, diverging: bool = False) -> figure:
         name=f"{name}_mapper",
     )
     cells = plot.rect(
-        "x", "y", 0.94, 0.9, source=source, line_color=None, fill_alpha="alpha",
-        fill_color={"field": "v", "transform": mapper}, name=f"{name}_cells",
-    )  # fmt: skip
+        "x",
+        "y",
+        0.94,
+        0.9,
+        source=source,
+        line_color=None,
+        fill_alpha="alpha",
+        fill_color={"field": "v", "transform": mapper},
+        name=f"{name}_cells",
+    )
     mark = ColumnDataSource({"x": [], "y": []}, name=f"{name}_selected")
     plot.rect("x", "y", 0.94, 0.9, source=mark, fill_color=None, line_color=COLOURS[1], line_width=2.5)
     cursor = ColumnDataSource({"x": [], "y": []}, name=f"{name}_cursor")
@@ -155,6 +163,11 @@ def grid(name: str, table: Table, diverging: bool = False) -> figure:
     plot.add_tools(HoverTool(renderers=[cells], tooltips=tips, attachment="right"), BoxSelectTool(renderers=[]))
     bar(plot, mapper, formatter=NumeralTickFormatter(format="0.[00]a"))
     return plot
+
+
+def whole() -> BasicTicker:
+    """Ticks at whole numbers only: there is no layer 2.5."""
+    return BasicTicker(min_interval=1, desired_num_ticks=8)
 
 
 def scatter() -> figure:
@@ -171,8 +184,7 @@ def scatter() -> figure:
 def layers(count: int, compared: Comparison | None) -> figure:
     """The distribution of a metric over layers: all heads, the middle half, the median."""
     plot = plain("layers", 320, x_axis_label="layer" if compared is None else "depth, % of the layers")
-    if compared is not None:
-        plot.x_range.range_padding = 0.02
+    plot.xaxis.ticker = whole()
     items = []
     for n in range(count):
         slot, colour = "ab"[n], COLOURS[n]
@@ -180,7 +192,7 @@ def layers(count: int, compared: Comparison | None) -> figure:
         area = plot.varea("x", "low", "high", source=band, fill_color=colour, fill_alpha=0.2)
         line = plot.line("x", "mid", source=band, line_color=colour, line_width=2)
         dots = ColumnDataSource({c: [] for c in ("x", "y", "head", "text")}, name=f"layers_{slot}_dots")
-        points = plot.scatter("x", "y", source=dots, size=4, fill_color=colour, line_color=None, fill_alpha=0.5)
+        points = plot.scatter("x", "y", source=dots, size=5, fill_color=colour, line_color=None, fill_alpha=0.6)
         tips = [("head", "@head"), ("value", "@text")]
         plot.add_tools(HoverTool(renderers=[points], tooltips=tips))
         who = "" if compared is None else f" ({slot.upper()})"
@@ -196,49 +208,67 @@ def layers(count: int, compared: Comparison | None) -> figure:
 def legend(plot: figure, items: list[LegendItem]) -> None:
     plot.add_layout(
         Legend(
-            items=items, orientation="horizontal", border_line_color=None, background_fill_color=None,
-            label_text_font_size="12px", label_text_font="system-ui, sans-serif", padding=0, margin=2,
-            glyph_height=12, spacing=12, nrows="auto", ncols="auto" if len(items) < 4 else 3,
+            items=items,
+            orientation="horizontal",
+            border_line_color=None,
+            background_fill_color=None,
+            label_text_font_size="12px",
+            label_text_font=FONT,
+            padding=0,
+            margin=2,
+            glyph_height=12,
+            spacing=12,
+            nrows="auto",
+            ncols="auto" if len(items) < 4 else 3,
         ),
         "above",
-    )  # fmt: skip
+    )
 
 
 def image(name: str, across: str, down: str, height: int) -> figure:
     """Rows x keys as one picture, on a log scale."""
-    plot = plain(
-        name, height, x_range=Range1d(0, 1), y_range=Range1d(1, 0), x_axis_label=across, y_axis_label=down
-    )  # fmt: skip
+    plot = plain(name, height, x_range=Range1d(0, 1), y_range=Range1d(1, 0), x_axis_label=across, y_axis_label=down)
     source = ColumnDataSource({"image": [], "x": [], "y": [], "dw": [], "dh": []}, name=f"{name}_source")
     mapper = LogColorMapper(palette=Viridis256, low=FLOOR, high=1, low_color="rgba(0,0,0,0)", nan_color="rgba(0,0,0,0)")
     picture = plot.image("image", "x", "y", "dw", "dh", source=source, color_mapper=mapper)
     cursor = ColumnDataSource({"x": [], "y": [], "w": [], "h": []}, name=f"{name}_cursor")
     plot.rect("x", "y", "w", "h", source=cursor, fill_color=None, line_color=GREY, line_width=2, name=f"{name}_ink")
-    tips = [(down, "$y{0,0}"), (across, "$x{0,0}"), ("share of a row", "@image{0.0000 %}")]
+    tips = [(down, "$y{0,0}"), (across, "$x{0,0}"), ("share of a row", "@image{0.000%}")]
     plot.add_tools(HoverTool(renderers=[picture], tooltips=tips, attachment="right"))
     plot.axis.formatter = NumeralTickFormatter(format="0,0")
-    bar(plot, mapper, ticker=FixedTicker(ticks=[1, 0.1, 0.01, 1e-3, 1e-4, 1e-5]),
-        formatter=NumeralTickFormatter(format="0.[000] %"))  # fmt: skip
+    bar(plot, mapper, ticker=LogTicker(mantissas=[1]), formatter=NumeralTickFormatter(format="0.[000]%"))
     return plot
 
 
 def spans(name: str) -> figure:
     """A small matrix: which part of the text looks at which."""
     plot = plain(
-        name, 330, x_range=FactorRange(), y_range=FactorRange(), x_axis_label="keys in", y_axis_label="rows in", x_axis_location="above"
-    )  # fmt: skip
+        name,
+        330,
+        x_range=FactorRange(),
+        y_range=FactorRange(),
+        x_axis_label="keys in",
+        y_axis_label="rows in",
+        x_axis_location="above",
+    )
     source = ColumnDataSource({c: [] for c in ("x", "y", "v", "text", "ink")}, name=f"{name}_source")
     mapper = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="rgba(0,0,0,0)", name=f"{name}_mapper")
     cells = plot.rect(
         "x", "y", 0.96, 0.94, source=source, line_color=None, fill_color={"field": "v", "transform": mapper}
     )
     plot.text(
-        "x", "y", "text", source=source, text_align="center", text_baseline="middle", text_font_size="11px",
-        text_color="ink", text_font="system-ui, sans-serif",
-    )  # fmt: skip
-    tips = [("rows in", "@y"), ("keys in", "@x"), ("share", "@text %")]
+        "x",
+        "y",
+        "text",
+        source=source,
+        text_align="center",
+        text_baseline="middle",
+        text_font_size="11px",
+        text_color="ink",
+        text_font=value(FONT),
+    )
+    tips = [("rows", "@y"), ("keys", "@x"), ("share", "@text%")]
     plot.add_tools(HoverTool(renderers=[cells], tooltips=tips))
-    plot.xaxis.major_label_orientation = 0.9
     return plot
 
 
@@ -266,9 +296,9 @@ def positions(name: str, tokens: int) -> figure:
 
 
 AGREEMENT = {
-    "head_similarity": "heads of the layer alike (cosine)",
-    "top_k_overlap_layers": "top keys shared with the layer before",
-    "top_k_overlap_rows": "top keys shared with the row before",
+    "head_similarity": "heads of a layer",
+    "top_k_overlap_layers": "with the layer before",
+    "top_k_overlap_rows": "with the row before",
 }
 
 
@@ -279,6 +309,7 @@ def agreement_metrics(data: Data) -> list[str]:
 def agreement(name: str, data: Data) -> figure:
     """How far layers, and the heads within them, look at the same keys."""
     plot = plain(name, 280, x_axis_label="layer", y_axis_label="mean over heads")
+    plot.xaxis.ticker = whole()
     plot.y_range = Range1d(0, 1.02)
     items = []
     for metric, dash in zip(agreement_metrics(data), ("solid", "dashed", "dotted"), strict=False):

@@ -12,7 +12,7 @@ from foveate.profiling import Profile
 __all__ = ["RULE", "Comparison", "Table", "compare", "table"]
 
 RULE = (
-    "A difference counts when the two 95 % intervals do not overlap. Where nothing differs, chance alone does that in "
+    "A difference counts when the two 95% intervals do not overlap. Where nothing differs, chance alone does that in "
     "about 1 of 180 comparisons of intervals of the same width. A number that is a fact of its text (an interval of no "
     "width) is not counted: nothing tells its chance."
 )

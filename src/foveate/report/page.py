@@ -117,7 +117,7 @@ def render(
     scripts = "\n".join(part(name) for name in SCRIPTS)
     return template().render(
         title=title(profiles),
-        heads=[head(p, t) for p, t in zip(profiles, tables, strict=True)],
+        heads=[head(*both, places(s)) for *both, s in zip(profiles, tables, texts["sinks"], strict=True)],
         compared=None if compared is None else words(compared, profiles),
         matched=compared is None or compared.matched,
         data=Markup(script_json(data)),
@@ -155,7 +155,7 @@ def title(profiles: list[Profile]) -> str:
     return " and ".join(str(p.info["model"]) for p in profiles)
 
 
-def head(profile: Profile, t: Table) -> dict[str, Any]:
+def head(profile: Profile, t: Table, sinks: dict[str, Any] | None) -> dict[str, Any]:
     """What the top and the bottom of the page say of a profile."""
     # said anew: a profile of an earlier version knew fewer sentences
     info = profile.info | {"summary": summarise(profile.heads, profile.info)}
@@ -169,15 +169,25 @@ def head(profile: Profile, t: Table) -> dict[str, Any]:
         "per_layer": len(t.heads) // layers,
         "kv_heads": info.get("kv_heads"),
         "findings": findings(info),
+        "places": sinks,
         "skipped": info.get("skipped", {}),
         "metrics": len(t.metrics),
         "facts": facts(info),
-        "has": {
-            "arrays": bool(profile.arrays),
-            "pieces": bool(profile.pieces),
-            "keys": not profile.keys.empty,
-        },
     }
+
+
+def places(sinks: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Where the sinks sit, the three of most heads by name."""
+    if not sinks or not sinks["keys"]:
+        return None
+    listed = []
+    for k in sinks["keys"][:3]:
+        token = f" “{clean(k['token'])}”" if "token" in k else ""
+        listed.append(f"{k['key']:,}{token} in {k['heads']} head{'s' * (k['heads'] > 1)}")
+    more = sinks["all"] - len(listed)
+    if more:
+        listed.append(f"{more} more")
+    return {"count": f"{sinks['all']} token{'s' * (sinks['all'] > 1)}", "list": listed}
 
 
 def facts(info: dict[str, Any]) -> list[tuple[str, str]]:

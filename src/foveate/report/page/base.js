@@ -66,10 +66,10 @@ const digits = v => v === 0 ? "0" : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleS
   Math.abs(v) >= 1e-3 ? String(Number(v.toPrecision(3))) : v.toExponential(1);
 function percent(v) {
   const p = 100 * v, size = Math.abs(p);
-  return (size >= 9.995 || size === 0 ? p.toFixed(size < 99.5 && size > 0 ? 1 : 0).replace(/\.0$/, "") : size >= 0.01 ? p.toPrecision(2) : p.toExponential(0)) + " %";
+  return (size >= 9.995 || size === 0 ? p.toFixed(size < 99.5 && size > 0 ? 1 : 0).replace(/\.0$/, "") : size >= 0.01 ? p.toPrecision(2) : p.toExponential(0)) + "%";
 }
 const number = (v, unit) => !Number.isFinite(v) ? "–" : unit === "%" ? percent(v) : digits(v) + (unit ? " " + unit : "");
-const bare = (v, unit) => unit === "%" ? percent(v).replace(" %", "") : digits(v);
+const bare = (v, unit) => unit === "%" ? percent(v).replace("%", "") : digits(v);
 const interval = (low, high, unit) => Number.isFinite(low) && Number.isFinite(high) && high > low
   ? `${bare(low, unit)} to ${bare(high, unit)}` : "";
 const count = (n, one, many = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;

@@ -6,8 +6,8 @@ const rowOf = (w, row) => {
   return shares(array(w.weights).subarray(row * width, (row + 1) * width));
 };
 
-const FACTS = ["retrieval_score", "first_token_mass", "sink_rate_mass", "streaming_mass", "local_mass_distance", "entropy",
-  "column_mass_top5", "induction", "previous_token", "output_norm"];
+const FACTS = ["retrieval_score", "first_token_mass", "streaming_mass", "local_mass_distance", "entropy", "column_mass_top5",
+  "induction", "previous_token"];
 
 function drawFacts(p, index) {
   const rank = m => 1 + Array.from(m.value).filter(v => v > m.value[index]).length;
@@ -20,8 +20,8 @@ function drawFacts(p, index) {
         el("td", { class: "number" }, interval(m.low[index], m.high[index], m.unit) || "–"),
         el("td", { class: "number" }, m.same || !Number.isFinite(m.value[index]) ? "–" : `${rank(m)} of ${known(m.value).length}`)))))));
   byId(`facts_${p.slot}`).replaceChildren(...listed.map(m => el("div", {}, el("span", { class: "name" }, m.title),
-    el("span", { class: "value" }, number(m.value[index], m.unit)), " ",
-    m.same || !Number.isFinite(m.value[index]) ? "" : el("span", { class: "rank" }, `no. ${rank(m)}`))), details);
+    el("span", { class: "value" }, number(m.value[index], m.unit)),
+    m.same || !Number.isFinite(m.value[index]) ? "" : el("span", { class: "rank" }, `rank ${rank(m)} of ${known(m.value).length}`))), details);
 }
 
 /** A matrix in a figure, with a cursor for the keyboard and words for what is under it. */
@@ -45,7 +45,7 @@ class Matrix {
     plot.y_range.setv({ start: y1, end: y0 });
     fill(`${this.id}_cursor`, { x: [], y: [], w: [], h: [] });
     this.cursor = [0, 0];
-    byId(`${this.id}-says`).textContent = "";
+    byId(`${this.id}-says`).textContent = "Point at a cell, or use the arrow keys, to read it.";
   }
 
   at(y, x, mark = false) {
@@ -81,7 +81,7 @@ class HeadMap {
     const p = this.p;
     const fine = p.maps.find(m => name([m.layer, m.head]) === p.names[index]);
     const choices = [];
-    if (fine) choices.push([`${fine.edges.length - 1} bins (${fine.why})`, fine.edges, () => array(fine.values)]);
+    if (fine) choices.push([`${fine.edges.length - 1} bins`, fine.edges, () => array(fine.values)]);
     if (p.map) choices.push([`${p.map.bins} bins`, p.map.edges, () => array(p.map.values, index)]);
     show(`${this.id}-part`, choices.length > 0);
     missing(`${this.id}-missing`, choices.length ? "" : p.maps.length ? "This profile has maps of some heads only, and not of this one."
@@ -91,6 +91,7 @@ class HeadMap {
     group.hidden = choices.length < 2;
     group.replaceChildren(group.firstElementChild, ...choices.map(([text, edges, values], n) => el("label", {},
       el("input", { type: "radio", name: `resolution_${p.slot}`, checked: n === 0, onchange: () => this.draw(edges, values()) }), visible(text))));
+    byId(`${this.id}-why`).textContent = fine ? visible(`${fine.why[0]?.toUpperCase() ?? ""}${fine.why.slice(1)}.`) : "";
     this.draw(choices[0][1], choices[0][2]());
   }
 
@@ -210,9 +211,9 @@ function spanMatrix(p, index) {
       if (q[r * bins + c]) mass[Math.floor(r / per)][Math.floor(c / per)] += SHARE[q[r * bins + c]] * (edges[r + 1] - edges[r]);
   }
   const edge = n => edges[Math.min(n * per, bins)], heads = index === null ? p.heads.length : 1;
-  const short = v => v >= 1e4 ? `${Math.round(v / 1e3)}k` : v.toLocaleString("en");
   return {
-    names: Array.from({ length: parts }, (_, n) => `${short(edge(n))}–${short(edge(n + 1))}`),
+    stretches: true,
+    names: Array.from({ length: parts }, (_, n) => edge(n).toLocaleString("en")),
     values: mass.map((row, r) => Array.from(row, v => v / heads / (edge(r + 1) - edge(r)))),
   };
 }
@@ -221,8 +222,11 @@ function drawSpans(id, p, index) {
   const found = has(id) ? spanMatrix(p, index) : null;
   show(`${id}-missing`, !found);
   show(`${id}-box`, !!found);
+  show(`${id}-caption`, !!found);
   if (!found) return;
   const plot = model(id), { names, values } = found;
+  plot.above[0].setv({ axis_label: found.stretches ? "keys, from token" : "keys in", major_label_orientation: found.stretches ? "horizontal" : 0.9 });
+  plot.left[0].axis_label = found.stretches ? "rows, from token" : "rows in";
   plot.x_range.factors = names;
   plot.y_range.factors = [...names].reverse();
   const cells = names.flatMap((a, r) => names.map((b, c) => [a, b, values[r][c]]));

@@ -16,7 +16,7 @@ function drawGrids() {
     if (!(id in shown)) continue;
     const [p, metric] = shown[id], m = numbers(p, metric);
     const label = two ? `${p.slot.toUpperCase()}: ${m?.title ?? metric}` : m.title;
-    model(id + "_title").text = m ? label + (m.unit && m.unit !== "%" ? `, ${m.unit}` : "") : `${label} was not measured`;
+    model(id + "_title").text = m ? label + (m.unit ? `, ${m.unit}` : "") : `${label} was not measured`;
     const percents = m?.unit === "%";
     fill(id + "_source", {
       x: p.heads.map(h => h[1]), y: p.heads.map(h => h[0]), v: m ? Array.from(m.value, v => percents ? 100 * v : v) : p.heads.map(() => NaN),
@@ -37,8 +37,6 @@ function scale(id, values, percents, fromZero) {
   if (fromZero && low > 0 && low < high / 3) low = 0;
   if (!(high > low)) { low = Number.isFinite(low) ? low - 0.5 : 0; high = low + 1; }
   mapper.setv({ low, high });
-  const bar = model(id).right.find(r => r.type === "ColorBar");
-  bar.title = percents ? "%" : "";
 }
 
 function drawScatter(shown) {
@@ -142,7 +140,7 @@ function startMetricControls() {
   const metrics = listed.filter(m => !m.name.includes(">"));
   const usable = metrics.length ? metrics : P[0].metrics;
   options(byId("metric"), metricOptions(usable));
-  const first = ["retrieval_score", "first_token_mass", "entropy"].find(n => usable.some(m => m.name === n)) ?? usable[0].name;
+  const first = ["first_token_mass", "retrieval_score", "entropy"].find(n => usable.some(m => m.name === n)) ?? usable[0].name;
   byId("metric").addEventListener("change", e => change({ metric: e.target.value }));
   const second = byId("second");
   if (second) {

@@ -24,6 +24,7 @@ function drawLayers() {
 function drawAgreement(p) {
   const id = `agreement_${p.slot}`;
   show(`${id}-missing`, !has(id));
+  show(`${id}-caption`, has(id));
   if (!has(id)) return;
   for (const metric of ["head_similarity", "top_k_overlap_layers", "top_k_overlap_rows"]) {
     const m = numbers(p, metric);

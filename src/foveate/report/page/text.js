@@ -73,9 +73,9 @@ const MASS_WORDS = ["less than the mean", ...Array.from({ length: 8 }, (_, g) =>
 
 function legendOf(node, kind) {
   const steps = [1, 3, 5, 7, 9];
-  const label = g => kind === "mass" ? `${2 ** (g - 1)}×` : percent(2 ** (g - 10));
-  node.replaceChildren(kind === "mass" ? "Mass that a token receives, in multiples of the mean: " : "Share of the chosen row: ",
-    ...steps.flatMap(g => [el("i", { class: `g${g}` }, label(g)), " "]), "and more");
+  const label = g => (g === 9 ? "≥ " : "") + ( kind === "mass" ? `${2 ** (g - 1)}×` : percent(2 ** (g - 10)));
+  node.replaceChildren(kind === "mass" ? "Mass received, in multiples of the mean: " : "Share of the chosen row: ",
+    ...steps.flatMap(g => [el("i", { class: `g${g}` }, label(g)), " "]));
 }
 
 /** The whole text of a profile, shaded for the opened head. */
