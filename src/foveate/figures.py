@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import LogNorm, PowerNorm
 
 from foveate.core.errors import BadInput
@@ -135,8 +136,9 @@ def window(profile: Profile, ax: Axes | None, index: int) -> Axes:
 
 
 def plain(tokens: Sequence[str]) -> list[str]:
-    """Tokens as labels: one line each, nothing that matplotlib would read as a formula."""
-    shown = ("".join(c if c.isprintable() else "·" for c in t).strip() or "␣" for t in tokens)
+    """Tokens as labels: one line each, in characters that the font has, nothing that would be read as a formula."""
+    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    shown = ("".join(c if c.isprintable() and ord(c) in known else "·" for c in t).strip() or "␣" for t in tokens)
     return [t.replace("$", r"\$")[:16] for t in shown]
 
 

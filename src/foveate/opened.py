@@ -17,7 +17,7 @@ import numpy as np
 
 from foveate.core.errors import BadInput
 
-__all__ = ["FILES", "Map", "Window", "add_window", "read", "write", "write_arrays"]
+__all__ = ["FILES", "Map", "Window", "add_window", "read", "read_arrays", "write", "write_arrays"]
 
 FILES = ("opened.npz", "opened.json")
 
@@ -126,13 +126,21 @@ def read(folder: Path) -> tuple[list[Map], list[Window], list[str]]:
         return [], [], []
     about = json.loads((folder / "opened.json").read_text(encoding="utf-8"))
     # a shape that does not fit is, in a file, damage like any other
-    with told_as_damage(), np.load(folder / "opened.npz", allow_pickle=False) as numbers:
+    with told_as_damage():
+        numbers = read_arrays(folder / "opened.npz")
         maps = [Map(**m, mass=numbers[f"map_{n}"]) for n, m in enumerate(about["maps"])]
         windows = [
             Window(**(w | {axis: tuple(w[axis]) for axis in ("rows", "keys")}), weights=numbers[name_of(w)])
             for w in about["windows"]
         ]
     return maps, windows, about["pieces"]
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote."""
+    # numpy leaves a damaged file open when it opened it itself
+    with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
+        return dict(found)
 
 
 @contextmanager

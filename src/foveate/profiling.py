@@ -159,6 +159,8 @@ class Profile:
             files += opened.FILES
         if self.states is not None and self.states.is_dir():
             shutil.copytree(self.states, folder / "states", copy_function=link_or_copy)
+            # a temporary folder is for its owner alone, a profile is not
+            (folder / "states").chmod(0o755)
         return files
 
     @classmethod
@@ -188,8 +190,7 @@ class Profile:
             keys = pd.read_parquet(folder / "keys.parquet")
             arrays: dict[str, np.ndarray] = {}
             if (folder / "arrays.npz").is_file():
-                with np.load(folder / "arrays.npz", allow_pickle=False) as found:
-                    arrays = dict(found)
+                arrays = opened.read_arrays(folder / "arrays.npz")
             maps, windows, pieces = opened.read(folder)
         except (*DAMAGED, pyarrow.ArrowException) as e:
             if isinstance(e, FoveateError):
