@@ -159,7 +159,7 @@ def retrieval(s: dict[str, Any]) -> Sentence:
     ]
     for n, h, v in best[:5]:
         parts += [Link(f"L{n}H{h}", metric, (n, h)), f" ({v:.2f}), "]
-    return (*parts[:-1], str(parts[-1]).removesuffix(", ") + (", …" if len(best) > 5 else ""))
+    return (*parts[:-1], str(parts[-1]).removesuffix(", ") + (", …" if len(best) > 5 else "."))
 
 
 def ranges(numbers: list[int]) -> str:

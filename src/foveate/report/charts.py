@@ -274,7 +274,7 @@ def spans(name: str) -> figure:
 
 def positions(name: str, tokens: int) -> figure:
     """Entropy by position: the opened head, its layer, and the most that is possible."""
-    plot = plain(name, 280, x_axis_label="position in the text, tokens", y_axis_label="entropy, nats")
+    plot = plain(name, 280, x_axis_label="position, tokens", y_axis_label="entropy, nats")
     plot.x_range = Range1d(0, tokens)
     plot.y_range.start = 0
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")

@@ -92,6 +92,9 @@ def clean(text: Any) -> str:
 
 def visible(c: str) -> str:
     n = ord(c)
+    if c == "\n":
+        # many fonts lack its picture
+        return "\u23ce"
     if n < 0x20:
         # the pictures of control characters stand in their order
         return chr(0x2400 + n)

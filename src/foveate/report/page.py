@@ -182,7 +182,7 @@ def places(sinks: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     listed = []
     for k in sinks["keys"][:3]:
-        token = f" “{clean(k['token'])}”" if "token" in k else ""
+        token = f" “{clean(k['token'].strip() or k['token'])}”" if "token" in k else ""
         listed.append(f"{k['key']:,}{token} in {k['heads']} head{'s' * (k['heads'] > 1)}")
     more = sinks["all"] - len(listed)
     if more:
