@@ -15,21 +15,20 @@ from bokeh.document import Document
 from bokeh.models import (
     BasicTicker,
     BoxSelectTool,
-    ColorBar,
     ColorMapper,
     ColumnDataSource,
+    DataRange1d,
     FactorRange,
     FixedTicker,
     HoverTool,
-    Legend,
-    LegendItem,
     LinearColorMapper,
     LogColorMapper,
     LogTicker,
     NumeralTickFormatter,
     Range1d,
-    Title,
 )
+from bokeh.models.annotations import ColorBar, Legend, LegendItem, Title
+from bokeh.models.glyphs import Image
 from bokeh.palettes import RdBu11, Viridis256
 from bokeh.plotting import figure
 from bokeh.settings import settings
@@ -125,8 +124,8 @@ def grid(name: str, table: Table, diverging: bool = False) -> figure:
     plot = plain(
         name,
         height,
-        x_range=Range1d(-0.5, width - 0.5),
-        y_range=Range1d(layer - 0.5, -0.5),
+        x_range=Range1d(start=-0.5, end=width - 0.5),
+        y_range=Range1d(start=layer - 0.5, end=-0.5),
         x_axis_label="head",
         y_axis_label="layer",
     )
@@ -227,10 +226,17 @@ def legend(plot: figure, items: list[LegendItem]) -> None:
 
 def image(name: str, across: str, down: str, height: int) -> figure:
     """Rows x keys as one picture, on a log scale."""
-    plot = plain(name, height, x_range=Range1d(0, 1), y_range=Range1d(1, 0), x_axis_label=across, y_axis_label=down)
+    plot = plain(
+        name,
+        height,
+        x_range=Range1d(start=0, end=1),
+        y_range=Range1d(start=1, end=0),
+        x_axis_label=across,
+        y_axis_label=down,
+    )
     source = ColumnDataSource({"image": [], "x": [], "y": [], "dw": [], "dh": []}, name=f"{name}_source")
     mapper = LogColorMapper(palette=Viridis256, low=FLOOR, high=1, low_color="rgba(0,0,0,0)", nan_color="rgba(0,0,0,0)")
-    picture = plot.image("image", "x", "y", "dw", "dh", source=source, color_mapper=mapper)
+    picture = plot.add_glyph(source, Image(image="image", x="x", y="y", dw="dw", dh="dh", color_mapper=mapper))
     cursor = ColumnDataSource({"x": [], "y": [], "w": [], "h": []}, name=f"{name}_cursor")
     plot.rect("x", "y", "w", "h", source=cursor, fill_color=None, line_color=GREY, line_width=2, name=f"{name}_ink")
     tips = [(down, "$y{0,0}"), (across, "$x{0,0}"), ("share of a row", "@image{0.000%}")]
@@ -274,9 +280,8 @@ def spans(name: str) -> figure:
 
 def positions(name: str, tokens: int) -> figure:
     """Entropy by position: the opened head, its layer, and the most that is possible."""
-    plot = plain(name, 280, x_axis_label="position, tokens", y_axis_label="entropy, nats")
-    plot.x_range = Range1d(0, tokens)
-    plot.y_range.start = 0
+    plot = plain(name, 280, x_axis_label="position, tokens", y_axis_label="entropy, nats", y_range=DataRange1d(start=0))
+    plot.x_range = Range1d(start=0, end=tokens)
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     items = []
     for part, label, style in (
@@ -310,8 +315,8 @@ def agreement(name: str, data: Data) -> figure:
     """How far layers, and the heads within them, look at the same keys."""
     plot = plain(name, 280, x_axis_label="layer", y_axis_label="mean over heads")
     plot.xaxis.ticker = whole()
-    plot.y_range = Range1d(0, 1.02)
-    items = []
+    plot.y_range = Range1d(start=0, end=1.02)
+    items: list[LegendItem] = []
     for metric, dash in zip(agreement_metrics(data), ("solid", "dashed", "dotted"), strict=False):
         source = ColumnDataSource({"x": [], "y": []}, name=f"{name}_{metric}")
         colour = COLOURS[len(items) % 2] if len(items) < 2 else GREY

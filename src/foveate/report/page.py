@@ -91,8 +91,8 @@ def render(
     """The page at one level of detail; `drawn` keeps the figures, which are the same at all of them."""
     pack, listed, notes = Pack(), [], set()
     for p, t in zip(profiles, tables, strict=True):
-        data, coarser = page_data(p, t, detail, pack)
-        listed.append(data)
+        embedded, coarser = page_data(p, t, detail, pack)
+        listed.append(embedded)
         notes |= set(coarser)
     if "figures" not in drawn:
         drawn["figures"] = script_json(charts.figures(tables, listed, compared))
@@ -117,7 +117,7 @@ def render(
     scripts = "\n".join(part(name) for name in SCRIPTS)
     return template().render(
         title=title(profiles),
-        heads=[head(*both, places(s)) for *both, s in zip(profiles, tables, texts["sinks"], strict=True)],
+        heads=[head(p, t, places(s)) for p, t, s in zip(profiles, tables, texts["sinks"], strict=True)],
         compared=None if compared is None else words(compared, profiles),
         matched=compared is None or compared.matched,
         data=Markup(script_json(data)),
