@@ -63,7 +63,15 @@ def test_profile_measures_and_writes(folder, text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "layer" in done.stdout
-    written = ["arrays.npz", "heads.parquet", "keys.parquet", "opened.json", "opened.npz", "profile.json"]
+    written = [
+        "arrays.npz",
+        "heads.parquet",
+        "keys.parquet",
+        "opened.json",
+        "opened.npz",
+        "profile.json",
+        "report.html",
+    ]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == written
     assert ", ".join(written) in done.stdout
     import pandas as pd

@@ -123,7 +123,13 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """What was drawn, and which text the windows on "needle" are of."""
+    """What was drawn.
+
+    Args:
+        maps: Fine maps of single heads.
+        windows: Windows at full resolution.
+        needle: The prompt that the windows on "needle" are of, where there are any.
+    """
 
     maps: list[Map] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)

@@ -19,7 +19,11 @@ __all__ = ["Reader", "forward", "visit"]
 
 @dataclass(frozen=True)
 class Reader(Metric):
-    """Hands every attention call to a function and measures nothing."""
+    """Hands every attention call to a function and measures nothing.
+
+    Args:
+        read: The function.
+    """
 
     read: Callable[[View], None] = field(default=lambda _: None)
 

@@ -108,8 +108,12 @@ class Profile:
             raise NotSupported("plots need matplotlib: pip install 'foveate[plot]'") from None
         return figures.draw(self, name, ax, **what)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], report: str | None = None) -> Path:
         """Writes heads.parquet, keys.parquet, profile.json and the pictures; all of them or nothing.
+
+        Args:
+            folder: Where to; a profile that is there is replaced.
+            report: What `foveate.report.report` made of this profile, to be written as report.html beside the others.
 
         Raises:
             BadInput: the folder holds something that is no profile, or cannot be written.
@@ -125,6 +129,8 @@ class Profile:
             pictures = self.write_pictures(temporary)
             about = self.info | {"files": pictures} if pictures else self.info
             (temporary / "profile.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            if report is not None:
+                (temporary / "report.html").write_text(report, encoding="utf-8")
             temporary.chmod(0o755)
             if target.exists():
                 old = target.with_name(f".{target.name}-{os.getpid()}-old")

@@ -82,7 +82,8 @@ def command(
             states=states,
             maps=maps,
         )
-        folder = found.save(target)
+        page = draw(found, screen, progress)
+        folder = found.save(target, page)
     if as_json:
         json.dump({k: v for k, v in found.info.items() if k not in ("ids", "needle")}, sys.stdout, indent=2)
         print()
@@ -90,6 +91,25 @@ def command(
         show(found, screen)
     written = ", ".join(sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir()))
     screen.print(f"\nwritten: {folder}: {written}", soft_wrap=True)
+    if page is not None:
+        screen.print(f"{folder}/report.html", soft_wrap=True)
+
+
+def draw(profile: Profile, screen: Console, progress: Bar) -> str | None:
+    """The report; None when it cannot be made, for then the numbers must not be lost with it."""
+    from rich.markup import escape
+
+    from foveate.report import report
+
+    progress("report", 0, 1)
+    try:
+        page = report(profile)
+    except Exception as e:
+        why = escape(f"{type(e).__name__}: {e}")
+        screen.print(f"[yellow]no report.html[/]: {why}; try again with `foveate report`", soft_wrap=True)
+        return None
+    progress("report", 1, 1)
+    return page
 
 
 @contextmanager

@@ -197,6 +197,9 @@ class KeyBins(Reduction):
 
     A bin is the smallest power of two of tokens with which the text, as far as it has come, fits into the bins: when
     a text outgrows them, two neighbours become one, so the sums of earlier calls can be kept.
+
+    Args:
+        count: Most bins.
     """
 
     count: int

@@ -35,7 +35,8 @@ class KeyDiversity(Policy):
         >>> from foveate.compress import KeyDiversity
         >>> from foveate.testing import handmade
         >>> text = "aaaabaaaacaaa"
-        >>> policy = KeyDiversity(foveate.Budget(5, sinks=1, recent=1, every=0))
+        >>> budget = foveate.Budget(5, sinks=1, recent=1, every=0)
+        >>> policy = KeyDiversity(budget)
         >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["same"]

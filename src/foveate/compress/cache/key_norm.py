@@ -36,7 +36,8 @@ class KeyNorm(Policy):
         >>> from foveate.compress import KeyNorm
         >>> from foveate.testing import handmade
         >>> text = "in 1066 or in 1789 or now"
-        >>> policy = KeyNorm(foveate.Budget(16, sinks=0, recent=1, every=0))
+        >>> budget = foveate.Budget(16, sinks=0, recent=1, every=0)
+        >>> policy = KeyNorm(budget)
         >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["induction"]

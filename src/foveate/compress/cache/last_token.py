@@ -35,7 +35,8 @@ class LastToken(Policy):
         >>> from foveate.compress import LastToken
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
-        >>> policy = LastToken(foveate.Budget(8, sinks=1, recent=2, every=0))
+        >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
+        >>> policy = LastToken(budget)
         >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]

@@ -39,7 +39,8 @@ class ObservationWindow(Policy):
         >>> from foveate.compress import ObservationWindow
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
-        >>> policy = ObservationWindow(foveate.Budget(8, sinks=1, recent=2, every=0), window=2, kernel=3)
+        >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
+        >>> policy = ObservationWindow(budget, window=2, kernel=3)
         >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]
