@@ -34,14 +34,13 @@ class HeavyHitters(Policy):
         The head that looks at full stops keeps them, wherever they stand; the one that looks for copies of a letter
         keeps letters that came back.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import HeavyHitters
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
         >>> policy = HeavyHitters(budget, recent=0.25)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]
         '·····.·············. Ask.'

@@ -30,14 +30,13 @@ class KeyDiversity(Policy):
     Example:
         A letter that keeps coming back has the mean direction; the rare ones stay.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import KeyDiversity
         >>> from foveate.testing import handmade
         >>> text = "aaaabaaaacaaa"
         >>> budget = foveate.Budget(5, sinks=1, recent=1, every=0)
         >>> policy = KeyDiversity(budget)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["same"]
         '····b····c·aa'

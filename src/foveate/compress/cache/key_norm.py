@@ -31,14 +31,13 @@ class KeyNorm(Policy):
     Example:
         In the induction head of this model the keys that follow a digit are longer, so they go first.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import KeyNorm
         >>> from foveate.testing import handmade
         >>> text = "in 1066 or in 1789 or now"
         >>> budget = foveate.Budget(16, sinks=0, recent=1, every=0)
         >>> policy = KeyNorm(budget)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["induction"]
         '·n ···· or in ···· or now'

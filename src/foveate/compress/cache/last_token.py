@@ -30,14 +30,13 @@ class LastToken(Policy):
     Example:
         The last row looks at full stops; all heads of the layer keep what it looks at.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import LastToken
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
         >>> policy = LastToken(budget)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]
         '·····. ············. ·sk.'

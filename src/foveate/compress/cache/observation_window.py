@@ -34,14 +34,13 @@ class ObservationWindow(Policy):
     Example:
         What the last two rows look at stays, with its neighbours on either side.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import ObservationWindow
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
         >>> policy = ObservationWindow(budget, window=2, kernel=3)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]
         '·····. ···········e. ··k.'

@@ -32,14 +32,13 @@ class Streaming(Policy):
     Example:
         Both ends stay, the same for every head.
 
-        >>> import torch
         >>> import foveate
         >>> from foveate.compress import Streaming
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(8, sinks=3, recent=2, every=0)
         >>> policy = Streaming(budget)
-        >>> with torch.no_grad(), foveate.attach(handmade.model(), policy) as attached:
+        >>> with foveate.attach(handmade.model(), policy) as attached:
         ...     cache = attached.model(handmade.ids(text)).past_key_values
         >>> handmade.kept(cache, text, layer=1)["stop"]
         'To·················· Ask.'
