@@ -1,0 +1,167 @@
+"""`foveate generate`: continue a text with a compressed KV cache, and say what that saves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foveate.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from foveate.core.budget import Amount
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="smollm2 (embedded), a folder, a .gguf file or a hub id.")],
+    policy: Annotated[
+        str | None, typer.Option(help="A KV policy by name, parameters as observation_window:window=16. Default: none.")
+    ] = None,
+    keep: Annotated[str, typer.Option(help="A share (0.25), tokens per head (512) or bytes (200MB).")] = "0.25",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text files, joined in order; default: a passkey hidden in 1,024 tokens.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to say after the text.")] = None,
+    tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer and figures as JSON, nothing else.")] = False,
+) -> None:
+    """Continue a text greedily, with a KV policy or without, and tell tokens per second and bytes of the cache."""
+    from rich.console import Console
+
+    from foveate.cli.profile import read_texts
+
+    if tokens < 1:
+        raise BadInput(f"--tokens {tokens}: at least 1 token must be generated")
+    screen = Console(stderr=as_json, highlight=False)
+    given = read_texts(text) if text else None
+    amount = budget(keep)
+    named(policy)
+    with screen.status(f"opening {model} …"):
+        from foveate.core.registry import make
+        from foveate.models import load
+
+        # a policy that cannot be is told before a model is opened
+        chosen = None if policy is None else make(policy, "compress").within(amount)
+        network, tokenizer = load(model)
+    ids = prompt_ids(network, tokenizer, given, prompt, tokens)
+    kept = f"{policy}, keeping {keep}" if policy else "the whole cache (--policy for less)"
+    screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}\n")
+    figures = generate(network, tokenizer, ids, chosen, tokens, None if as_json else sys.stdout)
+    if as_json:
+        json.dump(figures, sys.stdout, indent=2)
+        print()
+        return
+    share = figures["bytes_held"] / figures["bytes_full"]
+    screen.print(
+        f"\n[dim]{figures['tokens']} tokens, {figures['tokens_per_second']:.1f} per second after "
+        f"{figures['seconds_to_first_token']:.1f} s to the first; KV cache {figures['bytes_held'] / 1e6:.1f} MB, "
+        f"{share:.0%} of the full {figures['bytes_full'] / 1e6:.1f} MB[/]"
+    )
+
+
+def budget(keep: str) -> Amount:
+    """What `--keep` says, checked as a budget is."""
+    from foveate.core.budget import Budget
+
+    try:
+        amount: Amount = float(keep) if "." in keep else int(keep)
+    except ValueError:
+        amount = keep
+    Budget.of(amount)
+    return amount
+
+
+def named(policy: str | None) -> None:
+    """A misspelt policy, or a mechanism that is none, is told before a model is opened."""
+    from foveate.catalogue import entries
+    from foveate.core.errors import unknown
+
+    known = {e["name"] for e in entries() if e["kind"] == "Policy"}
+    if policy is not None and policy.partition(":")[0] not in known:
+        raise unknown("KV policy", policy.partition(":")[0], known, "See `foveate list --kind Policy`.")
+
+
+def prompt_ids(model: Any, tokenizer: Any, text: str | None, prompt: str | None, tokens: int) -> Any:
+    """Token ids of what the model is to continue; a chat model is asked as its template says."""
+    import torch
+
+    from foveate.profiling import positions
+
+    if text is None and prompt is None:
+        from foveate.probe import Passkey
+
+        ids = list(Passkey(1024).samples(tokenizer, 1)[0].ids)
+    else:
+        content = "\n\n".join(part for part in (text, prompt) if part)
+        if getattr(tokenizer, "chat_template", None):
+            turn = [{"role": "user", "content": content}]
+            content = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer(content, verbose=False)["input_ids"]
+    limit = positions(model)
+    if not ids:
+        raise BadInput("there is nothing to continue; give --text FILE or --prompt TEXT")
+    if limit is not None and len(ids) + tokens > limit:
+        raise BadInput(
+            f"a prompt of {len(ids):,} tokens and {tokens} more do not fit in the model's {limit:,} positions; "
+            "give a shorter text or fewer --tokens"
+        )
+    return torch.tensor([ids], device=model.device)
+
+
+def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out: Any) -> dict[str, Any]:
+    """The continuation, streamed to `out`, and its figures."""
+    import time
+    from contextlib import nullcontext
+
+    import torch
+    from transformers import DynamicCache, TextStreamer
+
+    import foveate
+
+    class Clocked(TextStreamer):
+        """Prints tokens as they come, and notes when the first one came."""
+
+        first = 0.0
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt and not self.first:
+                self.first = time.perf_counter()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if out is not None:
+                print(text, end="\n" if stream_end else "", file=out, flush=True)
+
+    streamer = Clocked(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cache = DynamicCache(config=model.config)
+    begun = time.perf_counter()
+    with foveate.attach(model, policy) if policy is not None else nullcontext() as attached:
+        said = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )[0, ids.shape[1] :]
+    ended = time.perf_counter()
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    seen = ids.shape[1] + len(said) - 1
+    full = 2 * config.num_hidden_layers * heads * width * seen * torch.finfo(model.dtype).bits // 8
+    return {
+        "prompt_tokens": ids.shape[1],
+        "tokens": len(said),
+        "answer": tokenizer.decode(said, skip_special_tokens=True),
+        "seconds_to_first_token": round(streamer.first - begun, 3),
+        "tokens_per_second": round((len(said) - 1) / max(ended - streamer.first, 1e-9), 2),
+        "bytes_held": full if policy is None else attached.bytes_held(),
+        "bytes_full": full,
+    }
