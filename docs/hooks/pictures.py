@@ -1,0 +1,193 @@
+"""One picture per mechanism, drawn by running it: one drawing function per kind, none per mechanism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import patterns
+import torch
+from matplotlib.figure import Figure
+from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
+
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, Pattern
+from foveate.core.params import bounds_of
+from foveate.core.rows import View, attend
+
+__all__ = ["measured", "numbers", "picture", "setting"]
+
+MEASURED = Path(__file__).parent.parent / "data" / "smollm2.csv"
+MOST_LABELS = 8
+MOST_MAPS = 4
+
+
+def picture(cls: type[Mechanism]) -> tuple[str, str] | None:
+    """An SVG and its caption; None for kinds that have no drawing."""
+    for kind, draw in DRAWINGS.items():
+        if issubclass(cls, kind):
+            return draw(setting(cls))
+    return None
+
+
+def setting(cls: type[Mechanism]) -> Mechanism:
+    """The mechanism with its first small setting: windows of thousands of tokens say nothing about 32."""
+    identity = cls.identity
+    small = [p for p in cls.test_params if p and p != identity]
+    return cls(**(small[0] if small else {}))
+
+
+def heads_in_a_row(figure: Figure, rows: int, bottom: float) -> list[list[Any]]:
+    """Axes for the patterns, with names above and room below."""
+    names = list(patterns.patterns())
+    axes = figure.subplots(rows, len(names), squeeze=False)
+    figure.get_layout_engine().set(rect=(0.2, bottom, 0.8, 1 - bottom), w_pad=0.03)
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name, fontsize=8)
+    return axes
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def numbers(metric: Metric) -> dict[str, list[float]]:
+    """What the metric says of each pattern, by label; of the second of two equal layers, as some look at the first."""
+    before, found = None, {}
+    for layer in (0, 1):
+        view = patterns.view(layer)
+        rows = attend(view, metric.needs())
+        rows.before = before
+        found = metric.result(metric.update(metric.start(view.layer), rows))
+        before = rows.samples()
+    return {label: e.value.tolist() for label, e in found.items()}
+
+
+def draw_metric(metric: Metric) -> tuple[str, str]:
+    found = numbers(metric)
+    labels = list(found)[:MOST_LABELS]
+    line, panel = 0.19, 1.05
+    height = panel + 0.25 + line * len(labels)
+    with drawing(8.6, height) as figure:
+        axes = heads_in_a_row(figure, 1, (line * len(labels) + 0.05) / height)
+        for ax, pattern in zip(axes[0], patterns.patterns().values(), strict=True):
+            shade(ax, pattern.numpy(), most=1.0)
+            bare(ax)
+        figure.canvas.draw()
+        for n, label in enumerate(labels):
+            y = (line * (len(labels) - n - 0.5)) / height
+            figure.text(0.19, y, label, ha="right", va="center", fontsize=8)
+            for ax, value in zip(axes[0], found[label], strict=True):
+                box = ax.get_position()
+                figure.text((box.x0 + box.x1) / 2, y, number(value), ha="center", va="center", fontsize=8.5)
+        more = f" (and {len(found) - len(labels)} more numbers)" if len(found) > len(labels) else ""
+        caption = (
+            f"Seven attention patterns made by hand over {patterns.TOKENS} tokens, a text of 16 tokens said twice "
+            f"(rows downwards, keys to the right), and what <code>{spelled(metric)}</code> says of each{more}."
+        )
+        return svg(figure), caption
+
+
+def number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+
+
+def spelled(m: Mechanism) -> str:
+    """The constructor call, without what is left at its default."""
+    given = [f"{n}={getattr(m, n)!r}" for n, (default, _) in bounds_of(type(m)).items() if getattr(m, n) != default]
+    return f"{type(m).__name__}({', '.join(given)})"
+
+
+# ---------------------------------------------------------------- what acts on rows
+
+
+def weights_and_outputs(**acting: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    view = patterns.view()
+    rows = attend(view, (patterns.Weights(),), **acting)
+    return rows[patterns.Weights()][0], rows.out[0]
+
+
+def before_and_after(m: Mechanism, after: torch.Tensor) -> tuple[str, str]:
+    before, _ = weights_and_outputs()
+    with drawing(8.6, 2.5) as figure:
+        axes = heads_in_a_row(figure, 2, 0.02)
+        for line, colour, weights in zip(axes, (BLUE, ORANGE), (before, after), strict=True):
+            for ax, pattern in zip(line, weights, strict=True):
+                shade(ax, pattern.numpy(), colour, most=1.0)
+                bare(ax)
+        for line, word in zip(axes, ("before", "after"), strict=True):
+            line[0].set_ylabel(word)
+        return svg(figure), (
+            f"The same seven patterns before (blue) and after (orange) <code>{spelled(m)}</code>; rows downwards, keys "
+            "to the right."
+        )
+
+
+def draw_edit(edit: Edit) -> tuple[str, str]:
+    return before_and_after(edit, weights_and_outputs(edits=(edit,))[0])
+
+
+def draw_pattern(pattern: Pattern) -> tuple[str, str]:
+    return before_and_after(pattern, weights_and_outputs(pattern=pattern.select)[0])
+
+
+def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
+    view: View = patterns.view()
+    rows = attend(view)
+    norms = [t.float().norm(dim=-1).mean(-1)[0] for t in (rows.out, edit.edit(rows, rows.out))]
+    with drawing(8.6, 1.9) as figure:
+        ax = figure.subplots()
+        at = torch.arange(len(norms[0]))
+        for shift, colour, word, norm in zip((-0.2, 0.2), (BLUE, ORANGE), ("before", "after"), norms, strict=True):
+            ax.bar(at + shift, norm, 0.36, color=colour, label=word)
+        ax.set_xticks(at, list(patterns.patterns()))
+        ax.set_ylabel("mean norm of the output")
+        ax.legend(ncols=2, loc="upper right")
+        return svg(figure), f"Outputs of the seven patterns before and after <code>{spelled(edit)}</code>."
+
+
+DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
+    Metric: draw_metric,
+    Edit: draw_edit,
+    Pattern: draw_pattern,
+    HeadEdit: draw_head_edit,
+}
+
+
+# ---------------------------------------------------------------- a real model
+
+
+def measured(name: str) -> tuple[str, str] | None:
+    """Maps of a metric's labels over the heads of smollm2, from `data/smollm2.csv`; None where it has none there."""
+    table = pd.read_csv(MEASURED, comment="#")
+    labels = [c for c in table.columns if c == name or c.startswith((f"{name}_", f"{name}:"))]
+    # one number for all heads is no map
+    labels = [c for c in labels if table[c].nunique() > 1 and owner(c, table) == name][:MOST_MAPS]
+    if not labels:
+        return None
+    with drawing(1.0 + 1.9 * len(labels), 3.3) as figure:
+        axes = figure.subplots(1, len(labels), squeeze=False, sharey=True)[0]
+        for ax, label in zip(axes, labels, strict=True):
+            grid = table.pivot(index="layer", columns="head", values=label).to_numpy()
+            low = min(0.0, float(pd.Series(grid.ravel()).min()))
+            shade(ax, grid - low, GREEN)
+            bare(ax)
+            ax.set_title(label, fontsize=8)
+            ax.set_xlabel(f"head; darkest: {number(float(pd.Series(grid.ravel()).max()))}", fontsize=8)
+        axes[0].set_yticks(range(0, len(grid), 5))
+        axes[0].set_ylabel("layer")
+        caption = (
+            "On a real model: the 270 heads of smollm2 over 4,096 tokens of Python's documentation, layers downwards. "
+            "Empty is the smallest value (0, or below where there are negative ones); gaps were not measured."
+        )
+        return svg(figure), caption
+
+
+def owner(label: str, table: pd.DataFrame) -> str:
+    """The mechanism that a label belongs to: the longest name that it begins with."""
+    from foveate.core.registry import names
+
+    return max((n for n in names("measure") if label == n or label.startswith((f"{n}_", f"{n}:"))), key=len, default="")
