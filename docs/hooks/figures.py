@@ -49,7 +49,7 @@ def rows() -> str:
         right.annotate(
             "keys after the row:\nit may not see them",
             (row + 4.5, 0.02),
-            (row + 4.5, 0.12),
+            (row + 4.5, 0.2),
             ha="center",
             arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.4},
         )
@@ -185,7 +185,7 @@ def intervals() -> str:
     e = batch_means(sums, torch.full((n // size,), float(size), dtype=torch.float64))
     naive = 1.96 * float(x.std()) / n**0.5
     with drawing(7.6, 2.4) as f:
-        left, right = f.subplots(1, 2, width_ratios=(3, 1.5), sharey=True)
+        left, right = f.subplots(1, 2, width_ratios=(3, 2), sharey=True)
         left.plot(x, color=BLUE, linewidth=0.6, alpha=0.8)
         left.step(torch.arange(0, n, size), sums[0] / size, where="post", color=ORANGE, linewidth=1.4)
         left.set(xlabel="row", ylabel="number of the row")

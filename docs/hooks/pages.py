@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import json
@@ -24,10 +25,12 @@ __all__ = [
     "changelog",
     "claims",
     "decisions",
+    "errors",
     "families",
     "mechanism",
     "mechanisms",
     "metrics",
+    "needs",
     "reductions",
     "verb_page",
 ]
@@ -83,8 +86,14 @@ def cell(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text from a card: brackets, stars and underscores in it are no Markdown."""
-    return re.sub(r"([\[\]*_<>])", r"\\\1", cell(text))
+    """Text from a card: brackets, stars and underscores in it are no Markdown, names with underscores are code."""
+
+    def escaped(found: re.Match[str]) -> str:
+        if found[1]:
+            return found[1]
+        return f"`{found[2]}`" if found[2] else f"\\{found[3]}"
+
+    return re.sub(r"(`[^`]*`)|\b([a-z]+(?:_[a-z\d]+)+)\b|([\[\]*_<>])", escaped, cell(text))
 
 
 def sentence(text: str) -> str:
@@ -286,7 +295,7 @@ def metrics() -> str:
     lines = [
         [
             f"[`{e['name']}`](mechanisms/measure/{e['name']}.md)",
-            f"`{cell(e['equation'])}`",
+            f"`{' '.join(e['equation'].split())}`",
             sentence(plain(e["misleads"])) if e["misleads"] else "Nothing known.",
         ]
         for e in entries()
@@ -303,11 +312,19 @@ def reductions() -> str:
     kinds = [k for k in kinds if isinstance(k, type) and issubclass(k, module.Reduction) and k is not module.Reduction]
     lines = []
     for k in kinds:
-        about, params, _ = documented(k)
+        about, _, _ = documented(k)
         shape = {"row": "per row", "column": "per key", "sample": "whole rows"}[k.axis]
-        args = ", ".join(params or list(k.__dataclass_fields__))
+        args = ", ".join(f.name for f in dataclasses.fields(k))
         lines.append([f"`{k.__name__}({args})`", shape, cell(about.split("\n\n")[0])])
     return table(["reduction", "gives", "what it is"], lines)
+
+
+def errors() -> str:
+    """The tree of exceptions, as its module draws it."""
+    from foveate.core import errors as module
+
+    about, _, tree = (module.__doc__ or "").strip().partition("\n\n")
+    return f"{about}\n\n```text\n{tree}\n```"
 
 
 def needs() -> str:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import patterns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
 
@@ -74,19 +76,23 @@ def draw_metric(metric: Metric) -> tuple[str, str]:
         for ax, pattern in zip(axes[0], patterns.patterns().values(), strict=True):
             shade(ax, pattern.numpy(), most=1.0)
             bare(ax)
-        figure.canvas.draw()
         for n, label in enumerate(labels):
-            y = (line * (len(labels) - n - 0.5)) / height
-            figure.text(0.19, y, label, ha="right", va="center", fontsize=8)
+            below = -72 * line * (n + 0.6)
+            under(axes[0][0], label, (-0.1, below), ha="right", fontsize=8)
             for ax, value in zip(axes[0], found[label], strict=True):
-                box = ax.get_position()
-                figure.text((box.x0 + box.x1) / 2, y, number(value), ha="center", va="center", fontsize=8.5)
+                under(ax, number(value), (0.5, below), ha="center", fontsize=8.5)
         more = f" (and {len(found) - len(labels)} more numbers)" if len(found) > len(labels) else ""
         caption = (
             f"Seven attention patterns made by hand over {patterns.TOKENS} tokens, a text of 16 tokens said twice "
             f"(rows downwards, keys to the right), and what <code>{spelled(metric)}</code> says of each{more}."
         )
         return svg(figure), caption
+
+
+def under(ax: Axes, text: str, at: tuple[float, float], **style: Any) -> None:
+    """Text below a panel: a share of its width, and points downwards. The layout does not make room for it."""
+    points = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate(text, (at[0], 0), (0, at[1]), va="center", **points, **style).set_in_layout(False)
 
 
 def number(value: float) -> str:
@@ -137,10 +143,10 @@ def draw_pattern(pattern: Pattern) -> tuple[str, str]:
 def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
     view: View = patterns.view()
     rows = attend(view)
-    norms = [t.float().norm(dim=-1).mean(-1)[0] for t in (rows.out, edit.edit(rows, rows.out))]
+    norms = [t.float().norm(dim=-1).mean(-1)[0].numpy() for t in (rows.out, edit.edit(rows, rows.out))]
     with drawing(8.6, 1.9) as figure:
         ax = figure.subplots()
-        at = torch.arange(len(norms[0]))
+        at = np.arange(len(norms[0]))
         for shift, colour, word, norm in zip((-0.2, 0.2), (BLUE, ORANGE), ("before", "after"), norms, strict=True):
             ax.bar(at + shift, norm, 0.36, color=colour, label=word)
         ax.set_xticks(at, list(patterns.patterns()))

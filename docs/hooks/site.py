@@ -16,6 +16,7 @@ from svg import figure_element
 PARTS: dict[str, Callable[[], str]] = {
     "benchmarks": pages.benchmarks,
     "claims": pages.claims,
+    "errors": pages.errors,
     "metrics": pages.metrics,
     "needs": pages.needs,
     "reductions": pages.reductions,
