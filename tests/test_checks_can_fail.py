@@ -410,6 +410,25 @@ class OneDtype(HeadEdit):
 
 @breaks("padding")
 @dataclass(frozen=True)
+class PadsInPicture(Sound):
+    """Its picture per head begins at the first key, padding or not."""
+
+    def start(self, layer):
+        return {}, []
+
+    def update(self, state, rows):
+        state[1].append(torch.where(rows.view.mask.rows[:, None], rows[RowEntropy()], 0.0).sum(0))
+        return RowMetric.update(self, state[0], rows), state[1]
+
+    def result(self, state):
+        return RowMetric.result(self, state[0])
+
+    def arrays(self, state):
+        return {f"{self.name}_course": torch.cat(state[1], -1)}
+
+
+@breaks("padding")
+@dataclass(frozen=True)
 class CountsPads(Sound):
     """Averages over padded queries too."""
 

@@ -63,7 +63,9 @@ def test_profile_measures_and_writes(folder, text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "layer" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["heads.parquet", "keys.parquet", "profile.json"]
+    written = ["arrays.npz", "heads.parquet", "keys.parquet", "opened.json", "opened.npz", "profile.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == written
+    assert ", ".join(written) in done.stdout
     import pandas as pd
 
     heads = pd.read_parquet(tmp_path / "out" / "heads.parquet")
@@ -119,6 +121,44 @@ def one_line(done, words, code=2):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         assert len(lines) == 1, done.stderr
         assert words in lines[0]
+
+
+def test_zoom_shows_and_keeps_a_window(folder, text, tmp_path):
+    out, csv = tmp_path / "out", tmp_path / "w" / "window.csv"
+    kept = run("profile", folder, "--text", text, "--out", out, "--metrics", "entropy", "--keep-states", "--no-maps")
+    assert kept.returncode == 0, kept.stderr
+    assert "keeping queries and keys of all layers: 0.00 GB" in kept.stdout
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out", "text.txt"], "no temporary folder stays behind"
+    assert sorted(p.name for p in (out / "states").iterdir()) == [f"profile-00{n}.safetensors" for n in range(2)]
+    common = ("--layer", 1, "--head", 2, "--rows", "20:30", "--keys", "5:25")
+    done = run("zoom", out, *common, "--out", csv)
+    assert done.returncode == 0, done.stderr
+    assert "strongest pairs" in done.stdout and "█" in done.stdout
+    import pandas as pd
+
+    import foveate
+
+    pairs = pd.read_csv(csv)
+    assert len(pairs) == 10 * 20 and list(pairs.columns) == ["row", "key", "row_token", "key_token", "weight"]
+    (window,) = foveate.Profile.load(out).windows
+    best = pairs.loc[pairs.weight.idxmax()]
+    assert best.weight == pytest.approx(window.weights.max())
+    assert f"{best.weight:.3f}" in done.stdout and repr(best.key_token) in done.stdout
+    for name in ("w.npz", "w.png"):
+        assert run("zoom", out, *common, "--out", tmp_path / name).returncode == 0
+        assert (tmp_path / name).stat().st_size > 100
+    # without the states the model itself is opened, where the profile says that it was
+    for file in (out / "states").iterdir():
+        file.unlink()
+    assert run("zoom", out, *common).returncode == 0
+    assert [p.name for p in (out / "states").iterdir()] == ["profile-001.safetensors"]
+
+    one_line(run("zoom", out, "--layer", 9, *common[2:]), "no layer 9; tiny has layers 0 to 1")
+    one_line(run("zoom", out, *common[:4], "--rows", "20-30", "--keys", "5:25"), "write START:STOP")
+    one_line(run("zoom", out, *common[:4], "--rows", "30:20", "--keys", "5:25"), "rows 30:20 are not in the text")
+    one_line(run("zoom", out, *common, "--out", tmp_path / "w.txt"), "--out")
+    one_line(run("zoom", tmp_path / "nothing", *common), "is no saved profile")
+    one_line(run("zoom", out, "--layer", 0, *common[2:], "--model", tmp_path / "gone"), "--model")
 
 
 def test_debug_shows_the_traceback(folder, tmp_path):

@@ -112,7 +112,8 @@ def test_saved_and_loaded_is_the_same(profile, tmp_path):
     pd.testing.assert_frame_equal(again.heads, profile.heads)
     pd.testing.assert_frame_equal(again.keys, profile.keys, check_dtype=False)
     assert again.info == json.loads(json.dumps(profile.info))
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["heads.parquet", "keys.parquet", "profile.json"]
+    pictures = ["arrays.npz", "heads.parquet", "keys.parquet", "opened.json", "opened.npz", "profile.json"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == pictures
     assert list(tmp_path.iterdir()) == [tmp_path / "p"], "a temporary folder stayed behind"
     profile.save(tmp_path / "p")
     assert list(tmp_path.iterdir()) == [tmp_path / "p"]

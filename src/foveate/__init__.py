@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foveate.models import load
     from foveate.profiling import Profile, profile
     from foveate.testing import check_mechanism
+    from foveate.zooming import zoom
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ HOMES = {
     "make": "foveate.core.registry",
     "names": "foveate.core.registry",
     "profile": "foveate.profiling",
+    "zoom": "foveate.zooming",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "make",
     "names",
     "profile",
+    "zoom",
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import json
 import os
 import platform
@@ -11,35 +10,46 @@ import shutil
 import tempfile
 import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import pyarrow
 import torch
 import transformers
 
+from foveate import opened, stored
 from foveate.core import registry
 from foveate.core.attach import attach
 from foveate.core.errors import BadInput, FoveateError, NotSupported, TooBig
 from foveate.core.mechanism import Mechanism, Metric, ModelMetric
+from foveate.core.reductions import KeyBins
 from foveate.core.results import HEAD_COLUMNS, KEY_COLUMNS, Results
+from foveate.highlights import Drawn, Source, draw, pieces_of
+from foveate.opened import Map, Window
+from foveate.passes import Reader, forward
 from foveate.summary import summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from foveate.core.rows import Layer, Rows
+    from foveate.core.rows import View
 
 __all__ = ["Profile", "estimate_bytes", "profile"]
 
 FORMAT = 1
 DEFAULT_TOKENS = 4096
 TRIM_LAYERS = 4
+# what readers of json, parquet and npz raise on files that are cut or are something else
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 Progress = Callable[[str, float, float], None]
 
 
@@ -51,11 +61,22 @@ class Profile:
         heads: One row per layer, head and metric: value, and the 95 % interval low to high.
         keys: One row per layer, head and key, for the metrics that speak of keys.
         info: Model, tokens, versions, wall time, peak bytes, summary, metrics that were skipped and why.
+        arrays: Pictures per head by label, [layers, heads, ...], for instance `attention_map`; NaN where a layer has
+            none. `info["map_edges"]` and `info["position_edges"]` say where their bins begin.
+        maps: Finer maps of the heads that stand out.
+        windows: Single weights of some rows and keys.
+        pieces: The text of each token; empty where no tokenizer was there.
+        states: Folder with the queries and keys of the layers, where they were kept.
     """
 
     heads: pd.DataFrame
     keys: pd.DataFrame
     info: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    maps: list[Map] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    states: Path | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -66,24 +87,33 @@ class Profile:
         """Layers x heads of one metric's values."""
         return Results(self.heads, self.keys, {}, self.info.get("skipped", {}))[name]
 
-    def plot(self, name: str, ax: Axes | None = None) -> Axes:
-        """A layers x heads map of one metric, with matplotlib (the extra `plot`)."""
+    def plot(self, name: str, ax: Axes | None = None, **what: Any) -> Axes:
+        """A figure with matplotlib (the extra `plot`).
+
+        Args:
+            name: A metric, as a map of layers x heads; with `by="layer"`, its distribution over the layers.
+                `"attention_map"` with `layer` and `head`: where a head looks over the whole text. `"window"` with
+                `index`: one of `windows`. `"entropy_by_position"`, with or without `layer`: its course over the text.
+            ax: Where to draw; default: a new figure.
+            what: What the figure is of, as above.
+
+        Raises:
+            BadInput: the profile has no such head or window.
+            UnknownName: it has no such metric.
+            NotSupported: matplotlib is not installed.
+        """
         try:
-            import matplotlib.pyplot as plt
+            from foveate import figures
         except ImportError:
             raise NotSupported("plots need matplotlib: pip install 'foveate[plot]'") from None
-        table = self.metric(name)
-        if ax is None:
-            layers, heads = table.shape
-            _, ax = plt.subplots(figsize=(2.2 + 0.32 * heads, 1.4 + 0.2 * layers), layout="constrained")
-        image = ax.imshow(table.to_numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
-        ax.set(xlabel="head", ylabel="layer", title=f"{name}\n{self.info['model']}, {self.info['tokens']:,} tokens")
-        ax.set_xticks(range(0, table.shape[1], max(1, table.shape[1] // 10)))
-        ax.figure.colorbar(image, ax=ax)
-        return ax
+        return figures.draw(self, name, ax, **what)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes heads.parquet, keys.parquet and profile.json; all of them or nothing.
+    def save(self, folder: str | os.PathLike[str], report: str | None = None) -> Path:
+        """Writes heads.parquet, keys.parquet, profile.json and the pictures; all of them or nothing.
+
+        Args:
+            folder: Where to; a profile that is there is replaced.
+            report: What `foveate.report.report` made of this profile, to be written as report.html beside the others.
 
         Raises:
             BadInput: the folder holds something that is no profile, or cannot be written.
@@ -96,7 +126,11 @@ class Profile:
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             self.heads.to_parquet(temporary / "heads.parquet", index=False)
             self.keys.to_parquet(temporary / "keys.parquet", index=False, compression="zstd")
-            (temporary / "profile.json").write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
+            pictures = self.write_pictures(temporary)
+            about = self.info | {"files": pictures} if pictures else self.info
+            (temporary / "profile.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            if report is not None:
+                (temporary / "report.html").write_text(report, encoding="utf-8")
             temporary.chmod(0o755)
             if target.exists():
                 old = target.with_name(f".{target.name}-{os.getpid()}-old")
@@ -113,6 +147,19 @@ class Profile:
             if temporary is not None and temporary.exists():
                 shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+    def write_pictures(self, folder: Path) -> list[str]:
+        """Arrays, maps, windows and pieces, where there are any; gives the names of the files."""
+        files = []
+        if self.arrays:
+            opened.write_arrays(folder / "arrays.npz", self.arrays)
+            files.append("arrays.npz")
+        if self.maps or self.windows or self.pieces:
+            opened.write(folder, self.maps, self.windows, self.pieces)
+            files += opened.FILES
+        if self.states is not None and self.states.is_dir():
+            shutil.copytree(self.states, folder / "states", copy_function=link_or_copy)
+        return files
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Profile:
@@ -133,17 +180,35 @@ class Profile:
                 raise BadInput(
                     f"{folder} has profile format {info.get('format')}, not {FORMAT}; profile the text again"
                 )
+            # a profile without pictures, of an earlier version or of few metrics, names no such files
+            missing = [n for n in info.pop("files", []) if not (folder / n).is_file()]
+            if missing:
+                raise BadInput(f"{folder} is incomplete: {', '.join(missing)} is missing; profile the text again")
             heads = pd.read_parquet(folder / "heads.parquet")
             keys = pd.read_parquet(folder / "keys.parquet")
-        except (ValueError, OSError, AttributeError, pyarrow.ArrowException) as e:
+            arrays: dict[str, np.ndarray] = {}
+            if (folder / "arrays.npz").is_file():
+                with np.load(folder / "arrays.npz", allow_pickle=False) as found:
+                    arrays = dict(found)
+            maps, windows, pieces = opened.read(folder)
+        except (*DAMAGED, pyarrow.ArrowException) as e:
             if isinstance(e, FoveateError):
                 raise
-            reason = str(e).splitlines()[0]
+            reason = (str(e) or type(e).__name__).splitlines()[0]
             raise BadInput(f"{folder} holds a damaged profile ({reason}); profile the text again") from e
         for table, columns, name in ((heads, HEAD_COLUMNS, "heads"), (keys, KEY_COLUMNS, "keys")):
             if not set(columns) <= set(table.columns):
                 raise BadInput(f"{folder}/{name}.parquet has columns {list(table.columns)}, not {columns}")
-        return cls(heads, keys, info)
+        states = folder / "states"
+        return cls(heads, keys, info, arrays, maps, windows, pieces, states if states.is_dir() else None)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for the same bytes where the file system can, they are large; else a copy."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def check_target(folder: Path) -> None:
@@ -159,25 +224,6 @@ def check_target(folder: Path) -> None:
         raise BadInput(f"no permission to write in {parent}; choose another folder with --out")
 
 
-@dataclass(frozen=True)
-class Ticker(Metric):
-    """Calls back after every attention call: how far the pass is."""
-
-    tick: Callable[[int], None] = field(default=lambda _: None)
-
-    def needs(self) -> tuple:
-        return ()
-
-    def start(self, layer: Layer) -> None:
-        return None
-
-    def update(self, state: None, rows: Rows) -> None:
-        self.tick(rows.layer.index)
-
-    def result(self, state: None) -> dict:
-        return {}
-
-
 def profile(
     model: transformers.PreTrainedModel,
     tokenizer: Any,
@@ -188,6 +234,9 @@ def profile(
     max_memory: int | None = None,
     progress: Progress | None = None,
     name: str | None = None,
+    source: str | None = None,
+    states: str | os.PathLike[str] | None = None,
+    maps: bool = True,
 ) -> Profile:
     """Runs a text through a model once and measures every attention head.
 
@@ -200,6 +249,10 @@ def profile(
         max_memory: Bytes that the process may hold; default 90 % of what is free.
         progress: Called with (what is running, done, total).
         name: What to call the model; default: as it was loaded.
+        source: What `foveate.load` is to be given to open the model again, for a later `foveate.zoom`.
+        states: A folder to keep the queries and keys of all layers in, in the model's dtype.
+        maps: Whether to draw fine maps and windows of the heads that stand out. Without `states` the text runs a second
+            time for them, with nothing observed, as far as the last of their layers.
 
     Returns:
         The measured heads.
@@ -215,9 +268,20 @@ def profile(
     check_memory(needed, max_memory, ids.shape[1])
 
     report = progress or (lambda *_: None)
+    config = model.config.get_text_config()
+    info: dict[str, Any] = {
+        "format": FORMAT,
+        "model": name or Path(model.config._name_or_path).name or type(model).__name__,
+        "architecture": type(model).__name__,
+        "source": source or model.config._name_or_path or None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "ids": ids[0].tolist(),
+    }
+    kept = None if states is None else Path(states)
     clock = time.perf_counter()
     with watched() as peak:
-        results = stream(model, ids, [m for m in chosen if isinstance(m, Metric)], report)
+        keep = None if kept is None else partial(stored.write, folder=kept, text="profile", mark=stored.mark_of(info))
+        results = stream(model, ids, [m for m in chosen if isinstance(m, Metric)], report, keep)
         pass_seconds = time.perf_counter() - clock
         tables, skipped = [results.heads], dict(results.skipped)
         notes: dict[str, Any] = {}
@@ -234,12 +298,19 @@ def profile(
                 notes |= {m.name: dict(table.attrs)} if table.attrs else {}
             seconds[m.name] = round(time.perf_counter() - begun, 3)
             report(m.name, 1, 1)
-    heads = pd.concat([t for t in tables if len(t)], ignore_index=True)
-    config = model.config.get_text_config()
-    info = {
-        "format": FORMAT,
-        "model": name or Path(model.config._name_or_path).name or type(model).__name__,
-        "architecture": type(model).__name__,
+        heads = pd.concat([t for t in tables if len(t)], ignore_index=True)
+        pieces = pieces_of(tokenizer, info["ids"])
+        drawn = Drawn()
+        if maps:
+            report("maps", 0, 1)
+            begun = time.perf_counter()
+            try:
+                drawn = draw(Source(model, info, kept), tokenizer, chosen, heads, results.keys, pieces)
+            except FoveateError as e:
+                skipped["maps"] = str(e)
+            seconds["maps"] = round(time.perf_counter() - begun, 3)
+            report("maps", 1, 1)
+    info |= {
         "tokens": ids.shape[1],
         "text_tokens": total,
         "layers": {str(n): name for n, name in results.layers.items()},
@@ -255,10 +326,23 @@ def profile(
         "estimated_bytes": needed,
         "peak_bytes": peak["rss"],
         "versions": versions(),
-        "ids": ids[0].tolist(),
     }
+    info |= edges(chosen, ids.shape[1]) | ({"needle": drawn.needle} if drawn.needle else {})
     info["summary"] = summarise(heads, info)
-    return Profile(heads, results.keys, info)
+    return Profile(heads, results.keys, info, results.arrays, drawn.maps, drawn.windows, pieces, kept)
+
+
+def edges(metrics: Sequence[Mechanism], tokens: int) -> dict[str, list[int]]:
+    """Where the bins of the maps and of the courses over the text begin, for the metrics that have them."""
+    from foveate.measure.attention_map import AttentionMap
+    from foveate.measure.entropy import Entropy
+
+    found = {}
+    for m in metrics:
+        if isinstance(m, AttentionMap | Entropy):
+            name = "map_edges" if isinstance(m, AttentionMap) else "position_edges"
+            found[name] = KeyBins(m.bins).edges(tokens)
+    return found
 
 
 def choose_metrics(metrics: Sequence[str | Mechanism] | None) -> list[Mechanism]:
@@ -306,26 +390,27 @@ def encode(
     return torch.tensor([ids[:wanted]], device=model.device), len(ids)
 
 
-def stream(model: Any, ids: torch.Tensor, metrics: list[Metric], report: Progress) -> Results:
+def stream(
+    model: Any,
+    ids: torch.Tensor,
+    metrics: list[Metric],
+    report: Progress,
+    keep: Callable[[View], object] | None = None,
+) -> Results:
     """The one pass: the model's own forward with the metrics attached, without the language-model head."""
     layers = [0]
 
-    def tick(index: int) -> None:
-        report("pass", (index + 1) / max(layers[0], 1) * ids.numel(), ids.numel())
-        if index % TRIM_LAYERS == 0:
+    def look(view: View) -> None:
+        if keep is not None:
+            keep(view)
+        report("pass", (view.layer.index + 1) / max(layers[0], 1) * ids.numel(), ids.numel())
+        if view.layer.index % TRIM_LAYERS == 0:
             trim()
 
-    body: Any = model.base_model
-    accepted = inspect.signature(body.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    if "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids
-    with attach(body, *metrics, Ticker(tick)) as attached, torch.inference_mode():
+    with attach(model.base_model, *metrics, Reader(look)) as attached, torch.inference_mode():
         layers[0] = len(attached.layers)
         report("pass", 0, ids.numel())
-        last = body(**inputs)[0]
+        last = forward(model, ids)
     if not bool(torch.isfinite(last).all()):
         raise BadInput(
             "the model's output has NaN or infinite numbers on this text; its weights or its dtype are not sound"
@@ -358,16 +443,17 @@ def estimate_bytes(model: torch.nn.Module, tokens: int, metrics: Sequence[Mechan
     heads = config.num_attention_heads
     layers = config.num_hidden_layers
     streamed = [m for m in metrics if isinstance(m, Metric)]
+    bins = sum(r.count for m in streamed for r in m.needs() if isinstance(r, KeyBins))
     per_token = ESTIMATE["stream"] * width + ESTIMATE["inner"] * inner
     per_key = ESTIMATE["keys"] * layers * heads * sum(type(m).per_key is not Metric.per_key for m in streamed)
     sampled = any(m.card.sampled for m in streamed)
-    rows = ESTIMATE["rows"] * heads * (1 + 64 * sampled)
+    rows = ESTIMATE["rows"] * heads * (1 + 64 * sampled) + ESTIMATE["bins"] * heads * bins
     element = torch.finfo(getattr(model, "dtype", torch.float32)).bits // 8
     now = psutil.Process().memory_info().rss
     return int(now + tokens * (element * per_token + per_key + 4 * rows) + ESTIMATE["fixed"])
 
 
-ESTIMATE = {"stream": 8, "inner": 3, "keys": 40, "rows": 4, "fixed": 64 << 20}
+ESTIMATE = {"stream": 8, "inner": 3, "keys": 40, "rows": 4, "bins": 1, "fixed": 64 << 20}
 
 
 def check_memory(needed: int, allowed: int | None, tokens: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["THRESHOLDS", "sentences", "summarise"]
+__all__ = ["THRESHOLDS", "Link", "Sentence", "findings", "sentences", "summarise"]
 
 # A head is called something only above these; they stand in every profile that used them.
 THRESHOLDS = {"sink_layer": 0.3, "local": 0.95, "retrieval": 0.1, "window": 256, "sinks": 1}
@@ -29,9 +31,12 @@ def summarise(heads: pd.DataFrame, info: dict[str, Any]) -> dict[str, Any]:
         found["sink_layers"] = {int(n): round(float(v), 3) for n, v in by_layer.items() if v > THRESHOLDS["sink_layer"]}
     if "sink_rate" in table:
         found["sink_rate"] = round(float(table["sink_rate"].mean()), 4)
+    if "sink_rate_anywhere" in table:
         found["sink_rate_anywhere"] = round(float(table["sink_rate_anywhere"].mean()), 4)
     if "entropy" in table:
         found["entropy"] = round(float(table["entropy"].mean()), 3)
+    if "column_mass_top5" in table:
+        found["column_mass_top5"] = round(float(table["column_mass_top5"].mean()), 4)
     if "retrieval_score" in table:
         best = table["retrieval_score"].sort_values(ascending=False)
         best = best[best > THRESHOLDS["retrieval"]]
@@ -59,39 +64,102 @@ def local_heads(mass: pd.Series, info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Link:
+    """Words of a sentence that point at their evidence: a metric, or one head.
+
+    Args:
+        text: The words, a number mostly.
+        metric: Label of the metric that says so.
+        head: Layer and head, when one head is meant.
+    """
+
+    text: str
+    metric: str
+    head: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Sentence = tuple[str | Link, ...]
+
+
 def sentences(info: dict[str, Any]) -> list[str]:
     """The summary in words."""
-    s, said = info["summary"], []
+    return ["".join(map(str, parts)) for parts in findings(info)]
+
+
+def findings(info: dict[str, Any]) -> list[Sentence]:
+    """The summary in words, each number with the metric that it comes from."""
+    s = info["summary"]
+    said = [
+        sinks(info) if "sink_layers" in s else (),
+        sink_heads(s) if {"sink_rate", "sink_rate_anywhere"} <= set(s) else (),
+        concentration(s) if "entropy" in s or "column_mass_top5" in s else (),
+        locality(info) if "local_heads" in s else (),
+        retrieval(s) if "retrieval_heads" in s else (),
+    ]
+    return [parts for parts in said if parts]
+
+
+def sinks(info: dict[str, Any]) -> Sentence:
+    s, metric = info["summary"], "first_token_mass"
+    layers = s["sink_layers"]
+    return (
+        "The first token takes ",
+        Link(f"{s['first_token_mass']:.0%}", metric),
+        f" of all attention; more than {s['thresholds']['sink_layer']:.0%} in ",
+        Link(f"{len(layers)} of {len(info['layers'])} layers", metric),
+        f" ({ranges([int(n) for n in layers])})." if layers else ".",
+    )
+
+
+def sink_heads(s: dict[str, Any]) -> Sentence:
+    return (
+        Link(f"{s['sink_rate']:.0%}", "sink_rate"),
+        " of the heads have a sink at the first token, ",
+        Link(f"{s['sink_rate_anywhere']:.0%}", "sink_rate_anywhere"),
+        " somewhere in the text: a key that the tokens after it give more than the threshold, on average.",
+    )
+
+
+def concentration(s: dict[str, Any]) -> Sentence:
+    parts: list[str | Link] = []
+    if "column_mass_top5" in s:
+        share = Link(f"{s['column_mass_top5']:.0%}", "column_mass_top5")
+        parts += ["The heaviest 5 % of the keys hold ", share, " of a head's mass on average. "]
+    if "entropy" in s:
+        even = Link(f"{s['entropy']:.2f} nats", "entropy")
+        parts += ["The mean entropy of a row is ", even, f", as much as {math.exp(s['entropy']):.0f} equal keys have."]
+    return tuple(parts)
+
+
+def locality(info: dict[str, Any]) -> Sentence:
+    s, metric = info["summary"], "streaming_mass"
     t = s["thresholds"]
-    if "sink_layers" in s:
-        layers = s["sink_layers"]
-        said.append(
-            f"The first token takes {s['first_token_mass']:.0%} of all attention; more than {t['sink_layer']:.0%} in "
-            f"{len(layers)} of {len(info['layers'])} layers"
-            + (f" ({ranges([int(n) for n in layers])})." if layers else ".")
-        )
-    if "sink_rate" in s:
-        said.append(
-            f"{s['sink_rate']:.0%} of the heads have a sink at the first token, {s['sink_rate_anywhere']:.0%} "
-            "somewhere in the text: a key that the tokens after it give more than the threshold, on average."
-        )
-    if "local_heads" in s:
-        said.append(
-            f"{len(s['local_heads'])} of {s['heads']} heads are local: over {t['local']:.0%} of their mass lies on the "
-            f"first token and the last {t['window']}. Their caches could give up "
-            f"{s['kv_cache_share_to_give_up']:.0%} of the whole KV cache at this length "
-            f"({len(s['local_kv_heads'])} of {s['kv_heads']} KV heads)."
-        )
-    if "retrieval_heads" in s:
-        best = s["retrieval_heads"]
-        names = ", ".join(f"L{n}H{h} ({v:.2f})" for n, h, v in best[:5])
-        said.append(
-            f"{len(best)} heads retrieve (copy a planted needle, score above {t['retrieval']}): {names}"
-            + (", …" if len(best) > 5 else "")
-            if best
-            else f"No head retrieves (copies a planted needle with a score above {t['retrieval']})."
-        )
-    return said
+    return (
+        Link(f"{len(s['local_heads'])} of {s['heads']} heads", metric),
+        f" are local: over {t['local']:.0%} of their mass lies on the first token and the last {t['window']}. "
+        "Their caches could give up ",
+        Link(f"{s['kv_cache_share_to_give_up']:.0%}", metric),
+        f" of the whole KV cache at this length ({len(s['local_kv_heads'])} of {s['kv_heads']} KV heads).",
+    )
+
+
+def retrieval(s: dict[str, Any]) -> Sentence:
+    best, metric = s["retrieval_heads"], "retrieval_score"
+    above = s["thresholds"]["retrieval"]
+    if not best:
+        return (Link("No head", metric), f" retrieves (copies a planted needle with a score above {above}).")
+    many = len(best) > 1
+    parts: list[str | Link] = [
+        Link(f"{len(best)} head{'s' * many}", metric),
+        f" retrieve{'s' * (not many)} ({'copy' if many else 'copies'} a planted needle, score above {above}): ",
+    ]
+    for n, h, v in best[:5]:
+        parts += [Link(f"L{n}H{h}", metric, (n, h)), f" ({v:.2f}), "]
+    return (*parts[:-1], str(parts[-1]).removesuffix(", ") + (", …" if len(best) > 5 else ""))
 
 
 def ranges(numbers: list[int]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +34,11 @@ def command(
         typer.Option(help="Metrics by name, comma between; parameters as local_mass:widths=1+16. Default: all."),
     ] = None,
     max_memory: Annotated[float | None, typer.Option(help="GB that the process may hold.")] = None,
+    keep_states: Annotated[
+        bool,
+        typer.Option("--keep-states", help="Keep the queries and keys of all layers, for `foveate zoom`."),
+    ] = False,
+    maps: Annotated[bool, typer.Option(help="Draw fine maps and windows of the heads that stand out.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print profile.json to stdout, nothing else.")] = False,
 ) -> None:
     """Measure every attention head of a model on a text, exactly, in memory that does not grow with N x N."""
@@ -45,6 +53,7 @@ def command(
     with screen.status(f"opening {model} …"):
         from foveate.models import load
         from foveate.profiling import check_target, choose_metrics, encode, estimate_bytes, profile
+        from foveate.stored import layer_bytes
 
         check_target(target)
         network, tokenizer = load(model)
@@ -55,8 +64,11 @@ def command(
     if total > ids.shape[1]:
         used += f" (of {total:,}; --tokens for more)"
     screen.print(f"{model}: {used}, {len(instances)} metrics, about {needed / 1e9:.1f} GB")
+    if keep_states:
+        told = layer_bytes(network, ids.shape[1])
+        screen.print(f"keeping queries and keys of all layers: {told / 1e9:.2f} GB in {target}/states")
 
-    with Bar(screen) as progress:
+    with Bar(screen) as progress, room(target, keep_states) as states:
         found = profile(
             network,
             tokenizer,
@@ -66,14 +78,49 @@ def command(
             max_memory=None if max_memory is None else int(max_memory * 1e9),
             progress=progress,
             name=Path(model).name,
+            source=str(Path(model).resolve()) if Path(model).exists() else model,
+            states=states,
+            maps=maps,
         )
-    folder = found.save(target)
+        page = draw(found, screen, progress)
+        folder = found.save(target, page)
     if as_json:
-        json.dump({k: v for k, v in found.info.items() if k != "ids"}, sys.stdout, indent=2)
+        json.dump({k: v for k, v in found.info.items() if k not in ("ids", "needle")}, sys.stdout, indent=2)
         print()
     else:
         show(found, screen)
-    screen.print(f"\nwritten: {folder}/heads.parquet, keys.parquet, profile.json", soft_wrap=True)
+    written = ", ".join(sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir()))
+    screen.print(f"\nwritten: {folder}: {written}", soft_wrap=True)
+    if page is not None:
+        screen.print(f"{folder}/report.html", soft_wrap=True)
+
+
+def draw(profile: Profile, screen: Console, progress: Bar) -> str | None:
+    """The report; None when it cannot be made, for then the numbers must not be lost with it."""
+    from rich.markup import escape
+
+    from foveate.report import report
+
+    progress("report", 0, 1)
+    try:
+        page = report(profile)
+    except Exception as e:
+        why = escape(f"{type(e).__name__}: {e}")
+        screen.print(f"[yellow]no report.html[/]: {why}; try again with `foveate report`", soft_wrap=True)
+        return None
+    progress("report", 1, 1)
+    return page
+
+
+@contextmanager
+def room(target: Path, wanted: bool) -> Iterator[Path | None]:
+    """A folder beside the target that states can be written to, and moved from without a copy; gone afterwards."""
+    if not wanted:
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-states-", dir=target.parent) as folder:
+        yield Path(folder)
 
 
 def split_specs(metrics: str | None) -> list[str] | None:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.reductions import ColumnMass, Distance, Match, OnKeys, Reduction, RowEntropy, Within, labels
+from foveate.core.reductions import ColumnMass, Distance, KeyBins, Match, OnKeys, Reduction, RowEntropy, Within, labels
 
 if TYPE_CHECKING:
     from foveate.core.rows import View
@@ -29,7 +29,7 @@ __all__ = ["refuses", "rows"]
 
 CHUNK = 512
 FAR = -1e30
-KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, ColumnMass)
+KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, KeyBins, ColumnMass)
 
 
 def refuses(view: View, reductions: Sequence[Reduction]) -> str:
@@ -62,7 +62,7 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
                 found[r] = forms.within(r.width)
             case Match():
                 found[r] = forms.match(r)
-            case OnKeys():
+            case OnKeys() | KeyBins():
                 found[r] = forms.columns(r.columns(view))
             case ColumnMass():
                 found[r] = forms.column_mass()

@@ -72,6 +72,10 @@ class Metric(Mechanism):
         """Numbers per key, for those that have them."""
         return {}
 
+    def arrays(self, state: Any) -> dict[str, Float[Tensor, "heads ..."]]:
+        """Pictures per head that are more than a number: a map, a course over the text."""
+        return {}
+
 
 class RowMetric(Metric):
     """A metric that is the mean over rows of one number (or several) per row."""
@@ -80,10 +84,10 @@ class RowMetric(Metric):
         """The numbers of each row, by label."""
         raise NotImplementedError
 
-    def start(self, layer: Layer) -> dict[str, Cells]:
+    def start(self, layer: Layer) -> Any:
         return {}
 
-    def update(self, state: dict[str, Cells], rows: Rows) -> dict[str, Cells]:
+    def update(self, state: Any, rows: Rows) -> Any:
         mask = rows.view.mask
         for label, values in self.per_row(rows).items():
             state.setdefault(label, Cells()).add(values, self.counted(rows), mask.position + mask.key_offset)
@@ -93,7 +97,7 @@ class RowMetric(Metric):
         """The rows that the mean runs over: the real ones, unless a metric says less."""
         return rows.view.mask.rows
 
-    def result(self, state: dict[str, Cells]) -> dict[str, Estimate]:
+    def result(self, state: Any) -> dict[str, Estimate]:
         return {label: cells.mean() for label, cells in state.items()}
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from foveate.core import native
-from foveate.core.reductions import ColumnMass, Distance, Match, OnKeys, Reduction, RowEntropy, Within, labels
+from foveate.core.reductions import ColumnMass, Distance, KeyBins, Match, OnKeys, Reduction, RowEntropy, Within, labels
 
 if TYPE_CHECKING:
     from foveate.core.rows import View
 
 __all__ = ["refuses", "rows"]
 
-KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, ColumnMass)
+KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, KeyBins, ColumnMass)
 
 
 def refuses(view: View, reductions: Sequence[Reduction]) -> str:
@@ -45,7 +45,7 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
     mask = view.mask
     widths = [r for r in reductions if isinstance(r, Within)]
     links = [r for r in reductions if isinstance(r, Match)]
-    sets = [r for r in reductions if isinstance(r, OnKeys)]
+    sets = {r: r.columns(view) for r in reductions if isinstance(r, OnKeys | KeyBins)}
     kinds = {type(r): r for r in reductions}
     call = partial(
         native.attend,
@@ -67,7 +67,7 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
         want_distance=Distance in kinds,
         within=tuple(r.width for r in widths),
         match=tuple((a.to(torch.int32), b.to(torch.int32)) for a, b in (labels(view, r.link) for r in links)),
-        extra=torch.cat([r.columns(view) for r in sets], -1).contiguous() if sets else None,
+        extra=side_by_side(list(sets.values())),
         want_column=ColumnMass in kinds,
     )
     found: dict[Reduction, Tensor] = {}
@@ -80,11 +80,19 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
     found |= {r: result.within[n] for n, r in enumerate(widths)}
     found |= {r: result.match[n] for n, r in enumerate(links)}
     at = 0
-    for r in sets:
-        found[r] = result.extra[..., at : at + len(r.spans)]
-        at += len(r.spans)
+    for s, x in sets.items():
+        found[s] = result.extra[..., at : at + x.shape[-1]]
+        at += x.shape[-1]
     out = result.out
     if real is not None:
         theirs = call(lo=torch.where(real, mask.high, mask.low)).out
         out = torch.where(real[:, None, :, None], out, theirs)
     return out, found
+
+
+def side_by_side(columns: list[Tensor]) -> Tensor | None:
+    """All columns over the keys as one tensor; those that are the same for the whole batch are repeated."""
+    if not columns:
+        return None
+    batch = max(len(x) for x in columns)
+    return torch.cat([x.expand(batch, -1, -1) for x in columns], -1).contiguous()

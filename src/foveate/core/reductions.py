@@ -7,6 +7,7 @@ With the scores s_ij, the log-sum-exp lse_i of a row and the weight p_ij = exp(s
     Within(w)               \sum_j p_ij [ |i - j| <= w ]
     Match(link)             \sum_j p_ij [ a_i = b_j ]        labels a on the rows, b on the keys
     OnKeys(columns)         \sum_j p_ij x_je                 columns x over the keys, the same for all heads
+    KeyBins(count)          \sum_j p_ij [ j in bin e ]       the text cut into bins, wider as it gets longer
     ColumnMass()            \sum_i p_ij                      one number per key
     Sample(count)           p_i. whole, for a stated sample of rows
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ColumnMass",
     "Distance",
+    "KeyBins",
     "Match",
     "OnKeys",
     "Reduction",
@@ -177,6 +179,63 @@ class OnKeys(Reduction):
     def of_block(self, block: RowBlock) -> Float[Tensor, "batch heads rows columns"]:
         x = self.columns(block.view)[:, None, block.first : block.last]
         return block.weights @ x.to(block.weights.dtype)
+
+
+@dataclass(frozen=True)
+class KeyBins(Reduction):
+    """Mass on each of at most `count` bins of keys, counted from the first token of the text.
+
+    A bin is the smallest power of two of tokens with which the text, as far as it has come, fits into the bins: when
+    a text outgrows them, two neighbours become one, so the sums of earlier calls can be kept.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise BadParameter(f"KeyBins(count={self.count}): count must be 2 or more")
+
+    @property
+    def one_sequence(self) -> bool:
+        return True
+
+    def width(self, tokens: int) -> int:
+        """Tokens per bin in a text of so many tokens."""
+        return 1 << max(0, -(-tokens // self.count) - 1).bit_length()
+
+    def edges(self, tokens: int) -> list[int]:
+        """Where the bins of a text begin, and where the last one ends."""
+        return [*range(0, tokens, self.width(tokens)), tokens]
+
+    def of_view(self, view: View) -> tuple[int, Int[Tensor, "#batch query"]]:
+        """How far the longest text of this call has come, and the place of each row in its text."""
+        mask = view.mask
+        begin = text_begin(view)[:, None]
+        place = mask.position.to(torch.int32)[None] - begin
+        ends = torch.maximum(place + 1, mask.high - begin)
+        return int(torch.where(mask.rows, ends, 1).max()), place
+
+    def columns(self, view: View) -> Float[Tensor, "#batch key columns"]:
+        """One indicator column per bin."""
+        tokens, _ = self.of_view(view)
+        width = self.width(tokens)
+        at = torch.arange(view.mask.keys, device=view.mask.device, dtype=torch.int32)[None]
+        bins = (at - text_begin(view)[:, None]).div(width, rounding_mode="floor")
+        return (bins[..., None] == torch.arange(-(-tokens // width), device=bins.device)).float()
+
+    def of_block(self, block: RowBlock) -> Float[Tensor, "batch heads rows columns"]:
+        x = self.columns(block.view)[:, None, block.first : block.last]
+        return block.weights @ x.to(block.weights.dtype)
+
+
+def text_begin(view: View) -> Int[Tensor, "#batch"]:
+    """The key at which the text of each batch entry begins; negative where a sliding cache has dropped it."""
+    mask = view.mask
+    if mask.begin is not None:
+        return mask.begin.to(torch.int32)
+    if mask.key_offset:
+        return torch.full((1,), -mask.key_offset, dtype=torch.int32, device=mask.device)
+    return mask.first_key.to(torch.int32)
 
 
 @dataclass(frozen=True)

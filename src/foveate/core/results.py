@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,12 +30,14 @@ class Results:
         keys: One row per layer, head and key, for the metrics that speak of keys.
         layers: Dotted path in the model of each layer number.
         skipped: Metrics that could read no layer of this model, with the reason.
+        arrays: Pictures per head by label, [layers, heads, ...]; NaN where a layer has none.
     """
 
     heads: pd.DataFrame
     keys: pd.DataFrame
     layers: dict[int, str]
     skipped: dict[str, str]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> pd.DataFrame:
         """Layers x heads of one metric's values."""
@@ -55,6 +57,7 @@ def collect(attached: Attached) -> Results:
             "the model has not run while attached, so there are no results; run it in the `with` block"
         )
     heads, keys, skipped = [], [], {}
+    pictures: dict[str, dict[int, np.ndarray]] = {}
     for n, m in metrics:
         layers = sorted(layer for k, layer in attached.states if k == n)
         found = {layer: m.result(attached.states[n, layer]) for layer in layers}
@@ -69,11 +72,23 @@ def collect(attached: Attached) -> Results:
                 columns = {"value": e.value.numpy(), "low": e.low.numpy(), "high": e.high.numpy()}
                 heads.append(pd.DataFrame({"layer": layer, "head": range(len(e.value)), "metric": label} | columns))
             keys += [(layer, label, mass.float().cpu()) for label, mass in m.per_key(state).items()]
+            for label, x in m.arrays(state).items():
+                pictures.setdefault(label, {})[layer] = x.float().cpu().numpy()
     if metrics and len(skipped) == len(metrics):
         raise NothingObserved("; ".join(f"{name} {why}" for name, why in skipped.items()))
     table = pd.concat(heads, ignore_index=True)[HEAD_COLUMNS] if heads else pd.DataFrame(columns=HEAD_COLUMNS)
     names = {layer.index: layer.name for layer in attached.layers.values()}
-    return Results(table, key_table(keys), names, skipped)
+    arrays = {label: stacked(by_layer, len(names)) for label, by_layer in pictures.items()}
+    return Results(table, key_table(keys), names, skipped, arrays)
+
+
+def stacked(found: dict[int, np.ndarray], layers: int) -> np.ndarray:
+    """One array of all layers, as large as the largest of them; NaN where a layer or head has nothing."""
+    shape = np.max([x.shape for x in found.values()], axis=0)
+    whole = np.full((layers, *shape), np.nan, dtype=np.float32)
+    for layer, x in found.items():
+        whole[layer][tuple(slice(n) for n in x.shape)] = x
+    return whole
 
 
 def key_table(found: list[tuple[int, str, Tensor]]) -> pd.DataFrame:

@@ -220,7 +220,10 @@ def measured(
     all_rows: bool = True,
     without: Reduction | None = None,
 ) -> Numbers:
-    """What a metric says after these calls, by label; of batches of one, keys of padding are left out."""
+    """What a metric says after these calls, by label; of batches of one, keys of padding are left out.
+
+    Arrays count tokens from the beginning of the text, so they are compared whole.
+    """
     states: dict[int, Any] = {}
     with torch.no_grad():
         for view in calls:
@@ -239,6 +242,8 @@ def measured(
                 found[f"{label} ({part}, layer {n})"] = getattr(estimate, part)
         for label, values in m.per_key(state).items():
             found[f"{label} (per key, layer {n})"] = values[:, real_keys(calls[-1], values.shape[1])]
+        for label, values in m.arrays(state).items():
+            found[f"{label} (array, layer {n})"] = values
     return found
 
 
