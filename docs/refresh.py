@@ -20,7 +20,8 @@ from markdown_it import MarkdownIt
 
 __all__ = ["Block", "blocks", "execute", "namespace"]
 
-WIDTH = "100"
+# as many columns as a page of the site has
+WIDTH = "84"
 
 
 @dataclass(frozen=True)

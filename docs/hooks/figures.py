@@ -44,7 +44,7 @@ def rows() -> str:
         left.add_patch(Rectangle((-0.5, first - 0.5), n, last - first, fill=False, edgecolor=GREEN, linewidth=1.4))
         left.text(n - 1, row - 1.2, f"row {row}", color=ORANGE, ha="right")
         left.text(n - 1, first - 1.2, "a block of 6 rows", color=GREEN, ha="right")
-        right.bar(range(n), weights[row], color=[ORANGE if k <= row else "none" for k in range(n)])
+        right.bar(range(n), weights[row].numpy(), color=[ORANGE if k <= row else "none" for k in range(n)])
         right.set(xlabel="key", ylabel=f"weight in row {row}", xlim=(-1, n))
         right.annotate(
             "keys after the row:\nit may not see them",
@@ -186,8 +186,8 @@ def intervals() -> str:
     naive = 1.96 * float(x.std()) / n**0.5
     with drawing(7.6, 2.4) as f:
         left, right = f.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-        left.plot(x, color=BLUE, linewidth=0.6, alpha=0.8)
-        left.step(torch.arange(0, n, size), sums[0] / size, where="post", color=ORANGE, linewidth=1.4)
+        left.plot(x.numpy(), color=BLUE, linewidth=0.6, alpha=0.8)
+        left.step(range(0, n, size), (sums[0] / size).numpy(), where="post", color=ORANGE, linewidth=1.4)
         left.set(xlabel="row", ylabel="number of the row")
         middle = float(e.value)
         for at, half, word, colour in (
@@ -208,12 +208,12 @@ def intervals() -> str:
 def entropy() -> str:
     """The same entropy from different patterns."""
     rows = attend(patterns.view(), (RowEntropy(), Distance()))
-    entropy, distance = (rows[r][0].mean(-1) for r in (RowEntropy(), Distance()))
+    entropy, distance = (rows[r][0].mean(-1).tolist() for r in (RowEntropy(), Distance()))
     with drawing(6.2, 2.6) as f:
         ax = f.subplots()
         ax.scatter(entropy, distance, color=BLUE, s=26)
         for x, y, name in zip(entropy, distance, patterns.patterns(), strict=True):
-            ax.annotate(name, (float(x), float(y)), (5, 4), textcoords="offset points")
+            ax.annotate(name, (x, y), (5, 4), textcoords="offset points")
         ax.set(xlabel="mean entropy of the rows (nats)", ylabel="mean distance (tokens)", xlim=(0, 3.2), ylim=(0, 15))
         return svg(f)
 

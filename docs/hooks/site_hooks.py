@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pages
@@ -21,6 +22,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "needs": pages.needs,
     "reductions": pages.reductions,
 }
+# what a browser fetches by itself; links that a reader clicks may lead anywhere
+LOADS = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=["']?(?:https?:)?//"""
+    r"""|<link\b(?![^>]*\brel=["']?canonical)[^>]*\shref=["']?(?:https?:)?//"""
+    r"""|url\(["']?(?:https?:)?//|@import"""
+)
 IMAGE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*figures/(\w+)\.svg"\s*/?></p>')
 
 
@@ -75,3 +82,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Puts figures into the page itself, so that they take its colours and make no request."""
     return IMAGE.sub(lambda found: figure_element(FIGURES[found[2]](), html.escape(html.unescape(found[1]))), content)
+
+
+def on_post_build(config: Any) -> None:
+    """Raises when a built page would load something from another host."""
+    for file in Path(config.site_dir).rglob("*"):
+        if file.suffix in (".html", ".css") and (found := LOADS.search(file.read_text(encoding="utf-8"))):
+            raise PluginError(f"{file.name} loads from elsewhere: {found[0]}; put the file into docs/ instead")
