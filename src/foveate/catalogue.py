@@ -1,19 +1,24 @@
-"""The catalogue: `catalog.json`, generated from the cards, so that listing does not wait for torch.
+"""The catalogue: `catalog.json`, generated from cards, docstrings and claims, so that listing does not wait for torch.
 
 `python -m foveate.catalogue` writes it again; a test fails when it is stale.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 from foveate.core import registry
+from foveate.core.errors import BadInput, unknown
 
-__all__ = ["FILE", "entries", "generate"]
+__all__ = ["FILE", "Doc", "entries", "find", "generate", "read"]
 
 FILE = Path(__file__).with_name("catalog.json")
+# only in a checkout: an installed package has what stood there when the catalogue was written
+CLAIMS = Path(__file__).parents[2] / "bench" / "claims" / "results"
 
 
 def entries() -> list[dict[str, Any]]:
@@ -21,16 +26,33 @@ def entries() -> list[dict[str, Any]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def find(name: str) -> dict[str, Any]:
+    """The object of one mechanism.
+
+    Raises:
+        UnknownName: no mechanism is called so.
+    """
+    known = {e["name"]: e for e in entries()}
+    if name not in known:
+        raise unknown("mechanism", name, known, "See `foveate list`.")
+    return known[name]
+
+
 def generate() -> list[dict[str, Any]]:
-    """The entries, from the classes themselves."""
+    """The entries, from the classes themselves.
+
+    Raises:
+        BadInput: the results of the claims are not there.
+    """
+    if not CLAIMS.is_dir():
+        raise BadInput(f"no folder {'/'.join(CLAIMS.parts[-3:])}: the catalogue is generated in a checkout of foveate")
     return [entry(verb, name) for verb in registry.VERBS for name in registry.names(verb)]
 
 
 def entry(verb: str, name: str) -> dict[str, Any]:
-    from foveate.core.params import bounds_of
-
     cls = registry.find(name)
-    card = cls.card
+    card, doc = cls.card, read(cls)
+    summary, _, details = doc.text.partition("\n\n")
     return {
         "name": name,
         "verb": verb,
@@ -41,27 +63,76 @@ def entry(verb: str, name: str) -> dict[str, Any]:
         "needs": card.needs.names(),
         "equation": card.equation,
         "differs": card.differs,
-        "claims": list(card.claims),
-        "summary": " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split()),
+        "claims": [claim(c) for c in card.claims],
+        "summary": " ".join(summary.split()),
+        "details": details,
         "use": card.use,
         "misleads": card.misleads,
+        "known_failures": cls.known_failures,
         "sampled": card.sampled,
         "class": f"{cls.__module__}.{cls.__name__}",
-        "params": [
-            {"name": n, "default": default, "bounds": str(bounds) if bounds else "any"}
-            for n, (default, bounds) in bounds_of(cls).items()
-        ],
+        "params": [param(f, doc.args.get(f.name, "")) for f in dataclasses.fields(cls)],
+        "example": doc.example,
+        "example_shows": doc.example_shows,
     }
 
 
-def kind(cls: type) -> str:
-    """The kind as the vocabulary has it, for instance `Metric` or `Edit`."""
-    from foveate.core import mechanism
+@dataclasses.dataclass(frozen=True)
+class Doc:
+    """The sections of a docstring.
 
-    kinds = [
-        k for k in ("Metric", "ModelMetric", "Edit", "HeadEdit", "Pattern") if issubclass(cls, getattr(mechanism, k))
-    ]
-    return kinds[0]
+    Args:
+        text: What stands before the sections, and between them.
+        args: What each argument means.
+        example: The doctest of the section `Example:`.
+        example_shows: The words before it.
+    """
+
+    text: str
+    args: dict[str, str]
+    example: str
+    example_shows: str
+
+
+def read(thing: Any) -> Doc:
+    """The docstring of a class or function, taken apart."""
+    from griffe import Docstring, DocstringSectionKind
+
+    text: list[str] = []
+    args: dict[str, str] = {}
+    example = ""
+    for section in Docstring(inspect.cleandoc(thing.__doc__ or ""), parser="google").parse(warnings=False):
+        if section.kind is DocstringSectionKind.text:
+            text.append(section.value)
+        elif section.kind is DocstringSectionKind.parameters:
+            args |= {p.name: " ".join(p.description.split()) for p in section.value}
+        elif section.kind is DocstringSectionKind.admonition and section.value.kind == "example":
+            example = section.value.contents
+    words, mark, code = example.partition(">>>")
+    return Doc("\n\n".join(text), args, f"{mark}{code}".strip(), " ".join(words.split()))
+
+
+def kind(cls: type) -> str:
+    """The kind as the vocabulary has it, for instance `Metric` or `Edit`: what stands right under `Mechanism`."""
+    from foveate.core.mechanism import Mechanism
+
+    return next(c.__name__ for c in cls.__mro__ if Mechanism in c.__bases__)
+
+
+def param(field: dataclasses.Field, meaning: str) -> dict[str, Any]:
+    """A parameter: its default (None where one must be given), what it may be, and what it means."""
+    default = None if field.default is dataclasses.MISSING else field.default
+    bounds = field.metadata.get("bounds")
+    return {"name": field.name, "default": default, "bounds": str(bounds) if bounds else "any", "meaning": meaning}
+
+
+def claim(name: str) -> dict[str, str]:
+    """What was found when a claim was tested."""
+    file = CLAIMS / f"{name}.json"
+    if not file.is_file():
+        return {"name": name, "verdict": "not run", "claim": "", "title": "", "command": ""}
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return {"name": name} | {key: result[key] for key in ("verdict", "claim", "title", "command")}
 
 
 if __name__ == "__main__":

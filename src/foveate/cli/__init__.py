@@ -14,10 +14,11 @@ from foveate.core.errors import FoveateError
 __all__ = ["main"]
 
 
-def version(asked: bool) -> None:
+def version(asked: bool) -> bool:
     if asked:
         print(f"foveate {__version__}")
         raise typer.Exit
+    return asked
 
 
 def build() -> typer.Typer:

@@ -27,7 +27,13 @@ BATCHES = 24
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number per head with its 95 % interval; NaN bounds where there is too little to tell."""
+    """A number per head with its 95 % interval; NaN bounds where there is too little to tell.
+
+    Args:
+        value: The numbers.
+        low: Lower ends of the intervals.
+        high: Upper ends.
+    """
 
     value: Float[Tensor, " heads"]
     low: Float[Tensor, " heads"]
@@ -42,7 +48,13 @@ class Estimate:
 
 @dataclass
 class Cells:
-    """Sums of per-row values by bin of positions."""
+    """Sums of per-row values by bin of positions.
+
+    Args:
+        sums: Sums of each call, [heads, cells].
+        counts: Number of rows behind them.
+        places: First position of each bin.
+    """
 
     sums: list[Any] = field(default_factory=list)
     counts: list[Any] = field(default_factory=list)

@@ -120,7 +120,22 @@ def output_projection(module: torch.nn.Module, inner: int) -> Tensor | None:
 
 @dataclass(eq=False)
 class Attached:
-    """What is bound to a model, and what it found so far."""
+    """What is bound to a model, and what it found so far.
+
+    Args:
+        model: The model.
+        mechanisms: What was given to `attach`, in the order in which it acts.
+        engine: Which way of the row engine is used.
+        layers: The attention modules and what is known of them.
+        parent: The attachment around this one, if there is one.
+        inner: Attachments inside of this one.
+        states: States of the metrics, by number of the mechanism and of the layer.
+        calls: Attention calls so far.
+        trails: Token ids behind the keys, by embedding.
+        trail: The one of the running call.
+        crossing: Modules whose running call looks at another sequence.
+        last: Samples of the layer before.
+    """
 
     model: PreTrainedModel
     mechanisms: tuple[Mechanism, ...] = ()

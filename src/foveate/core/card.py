@@ -5,7 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-__all__ = ["Card", "Needs"]
+__all__ = ["BLANK", "Card", "Needs"]
+
+# what `foveate new` writes, with a colon and a hint, where a person must; the common check `form` finds it
+BLANK = "to be written"
 
 
 class Needs(enum.Flag):

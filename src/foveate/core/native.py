@@ -49,6 +49,16 @@ class NativeResult:
     `out` is [batch, heads, query, value], a view of contiguous [batch, query, heads, value]. `lse`, `entropy`
     and `distance` are [batch, heads, query], `within` and `match` [n, batch, heads, query], `extra`
     [batch, heads, query, n], `column` [batch, heads, key].
+
+    Args:
+        out: Head outputs.
+        lse: Log-sum-exp of each row.
+        entropy: Entropy of each row.
+        distance: Mean distance of each row.
+        within: Mass within each width.
+        match: Mass on matching keys, for each link.
+        extra: Mass on extra columns.
+        column: Mass of each key.
     """
 
     out: Any

@@ -13,7 +13,13 @@ __all__ = ["Bounds", "bounded", "bounds_of", "check_bounds", "choice"]
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a parameter may be: a closed range of numbers, or one of a few values."""
+    """What a parameter may be: a closed range of numbers, or one of a few values.
+
+    Args:
+        low: Least number allowed.
+        high: Largest number allowed.
+        choices: The values allowed, in place of a range.
+    """
 
     low: float | None = None
     high: float | None = None

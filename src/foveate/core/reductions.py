@@ -87,7 +87,11 @@ class Distance(Reduction):
 
 @dataclass(frozen=True)
 class Within(Reduction):
-    """Mass on the keys at most `width` tokens away, on either side."""
+    """Mass on the keys at most `width` tokens away, on either side.
+
+    Args:
+        width: Largest distance in tokens.
+    """
 
     width: int
 
@@ -253,7 +257,12 @@ class ColumnMass(Reduction):
 
 @dataclass(frozen=True)
 class Sampled:
-    """Whole rows: their index among the queries of the call, and their weights."""
+    """Whole rows: their index among the queries of the call, and their weights.
+
+    Args:
+        index: Which queries of the call they are.
+        weights: Their weights, over all keys.
+    """
 
     index: Int[Tensor, " sample"]
     weights: Float[Tensor, "batch heads sample key"]

@@ -144,7 +144,19 @@ class View:
 
 @dataclass(eq=False)
 class RowBlock:
-    """Some rows of one layer, all heads: what an edit sees, and what the reductions are defined on."""
+    """Some rows of one layer, all heads: what an edit sees, and what the reductions are defined on.
+
+    Args:
+        view: The attention call.
+        index: Which of its queries these rows are.
+        first: First key that any of them may see.
+        last: One past the last such key.
+        dtype: Precision of scores and weights.
+        rule: Scores and normalisation.
+        edits: What acts on scores and weights, in order.
+        facts: Reductions of the unedited rows that the edits asked for.
+        visited: Keys that a pattern visits, or None: all.
+    """
 
     view: View
     index: Int[Tensor, " rows"]
@@ -214,6 +226,13 @@ class Rows:
     """What one attention call gave: head outputs and reductions; a metric's `update` reads this.
 
     `rows[RowEntropy()]` is the reduction; `rows.before` are the rows of the layer before (its samples only).
+
+    Args:
+        view: The attention call.
+        out: The head outputs.
+        values: The reductions that were asked for.
+        engine: Which way was taken.
+        before: The rows of the layer before.
     """
 
     view: View

@@ -74,6 +74,20 @@ class ActiveDormant(ModelMetric):
 
     Raises:
         BadInput: a kind of text gives fewer tokens than are asked for, or the model has fewer positions.
+
+    Example:
+        The head `stop` looks at full stops, and waits at the first token while there is none: a table of numbers
+        wakes it, prose mostly does not. No other head minds what kind of text it is.
+
+        >>> from foveate.measure import ActiveDormant
+        >>> from foveate.testing import handmade, tiny
+        >>> model, tokenizer = handmade.model(), tiny.tokenizer()
+        >>> table = ActiveDormant(length=24, pieces=2).measure(model, tokenizer)
+        >>> found = handmade.named(table, "active_dormant", layer=1)
+        >>> [name for name, difference in found.items() if difference > 0.5]
+        ['stop']
+        >>> handmade.named(table, "active_dormant_numbers", layer=1)["stop"]
+        0.02
     """
 
     length: int = bounded(384, 16, 1 << 17)

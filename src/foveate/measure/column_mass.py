@@ -30,6 +30,22 @@ class ColumnMass(KeyMetric):
     """Share of a head's mass on its top 5 % and 20 % of keys (`column_mass_top5`, `column_mass_top20`).
 
     The number of top keys is rounded up. Several texts are averaged. Per key: the mean mass (`column_mass`).
+
+    Example:
+        Of 20 keys the top 5 % are one key. It has all the mass of a head that always looks at the first token, and
+        a 20th of that of a head whose rows look at themselves.
+
+        >>> import foveate
+        >>> from foveate.measure import ColumnMass
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, ColumnMass()) as attached:
+        ...     _ = model(handmade.ids("nineteen characters"))
+        >>> handmade.named(attached.results.heads, "column_mass_top5")
+        {'first': 1.0, 'previous': 0.1, 'self': 0.05, 'average': 0.18}
+        >>> keys = attached.results.keys.query("layer == 0 and head == 0")
+        >>> keys.value.head(3).round(2).tolist()
+        [1.0, 0.0, 0.0]
     """
 
     card: ClassVar = Card(

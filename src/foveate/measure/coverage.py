@@ -36,6 +36,21 @@ class Coverage(SampledMetric):
     Args:
         levels: Shares of a row's mass to cover; up to a millionth of the mass may be missing.
         pairs: Sampled pairs of rows per call.
+
+    Example:
+        One key is enough for a head that picks; a head that averages over a text of 20 needs nearly all that its rows
+        may see, ten on average.
+
+        >>> import foveate
+        >>> from foveate.measure import Coverage
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, Coverage(levels=(0.9,))) as attached:
+        ...     _ = model(handmade.ids("nineteen characters"))
+        >>> handmade.named(attached.results.heads, "coverage_90")
+        {'first': 1.0, 'previous': 1.0, 'self': 1.0, 'average': 10.3}
+        >>> handmade.named(attached.results.heads, "coverage_90_share")
+        {'first': 0.15, 'previous': 0.15, 'self': 0.15, 'average': 0.95}
     """
 
     levels: tuple[float, ...] = bounded((0.9, 0.95, 0.99), 0.0, 1.0)

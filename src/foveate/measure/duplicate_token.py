@@ -24,7 +24,21 @@ __all__ = ["DuplicateToken"]
 
 @dataclass(frozen=True)
 class DuplicateToken(RowMetric):
-    """Mean mass on other copies of the same token, over the rows that may see one."""
+    """Mean mass on other copies of the same token, over the rows that may see one.
+
+    Example:
+        The second `a`, `b` and `c` have one copy each. The head that looks at all copies alike, itself included,
+        gives it half of its mass.
+
+        >>> import foveate
+        >>> from foveate.measure import DuplicateToken
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, DuplicateToken()) as attached:
+        ...     _ = model(handmade.ids("abcabc"))
+        >>> handmade.named(attached.results.heads, "duplicate_token", layer=1)
+        {'first': 0.0, 'same': 0.5, 'induction': 0.0, 'stop': 0.0}
+    """
 
     card: ClassVar = Card(
         title="Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",

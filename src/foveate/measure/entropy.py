@@ -43,6 +43,21 @@ class Entropy(RowMetric):
 
     Args:
         bins: Most stretches in the course of a text, cut as `attention_map` cuts it.
+
+    Example:
+        Heads that pick one key have no entropy; the head that averages has the most that there can be (but for its
+        first row, which sees one key).
+
+        >>> import foveate
+        >>> from foveate.measure import Entropy
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, Entropy()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "entropy")
+        {'first': 0.0, 'previous': 0.0, 'self': 0.0, 'average': 1.67}
+        >>> handmade.named(attached.results.heads, "entropy_relative")
+        {'first': 0.0, 'previous': 0.0, 'self': 0.0, 'average': 0.92}
     """
 
     bins: int = bounded(64, 2, 512)

@@ -38,6 +38,20 @@ class HeadSimilarity(SampledMetric):
 
     Args:
         pairs: Sampled pairs of rows per call.
+
+    Example:
+        In a text without a full stop the head `stop` does what `first` does; the two are each other's nearest.
+
+        >>> import foveate
+        >>> from foveate.measure import HeadSimilarity
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, HeadSimilarity()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "head_similarity_nearest", layer=1)
+        {'first': 1.0, 'same': 0.43, 'induction': 0.43, 'stop': 1.0}
+        >>> handmade.named(attached.results.heads, "head_similarity", layer=1)
+        {'first': 0.48, 'same': 0.14, 'induction': 0.43, 'stop': 0.48}
     """
 
     pairs: int = bounded(32, 1, 4096)

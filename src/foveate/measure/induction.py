@@ -28,6 +28,20 @@ class Induction(RowMetric):
     """Mean mass on the keys that follow an earlier copy of the current token, over the rows that may see one.
 
     Layers without causal order have no such rows (NaN): there each token's own follower would count.
+
+    Example:
+        After `abcd` and another `abc`, the induction head looks at what followed each letter, and the model says `d`.
+
+        >>> import foveate
+        >>> from foveate.measure import Induction
+        >>> from foveate.testing import handmade, tiny
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, Induction()) as attached:
+        ...     logits = model(handmade.ids("abcdabc")).logits
+        >>> handmade.named(attached.results.heads, "induction", layer=1)
+        {'first': 0.0, 'same': 0.0, 'induction': 1.0, 'stop': 0.0}
+        >>> tiny.tokenizer().decode(logits[0, -1].argmax())
+        'd'
     """
 
     card: ClassVar = Card(

@@ -28,6 +28,20 @@ class LocalMass(RowMetric):
 
     Args:
         widths: Largest distances in tokens.
+
+    Example:
+        Within one token lies all the mass of the heads `previous` and `self`, and less than half of that of the others.
+
+        >>> import foveate
+        >>> from foveate.measure import LocalMass
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, LocalMass(widths=(1,))) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "local_mass_1")
+        {'first': 0.17, 'previous': 1.0, 'self': 1.0, 'average': 0.43}
+        >>> handmade.named(attached.results.heads, "local_mass_distance")
+        {'first': 5.5, 'previous': 0.92, 'self': 0.0, 'average': 2.75}
     """
 
     widths: tuple[int, ...] = bounded((1, 16, 64, 256), 0, 1 << 20)

@@ -28,6 +28,20 @@ class OutputNorm(RowMetric):
 
     Beside it its share of the summed norms of the layer's heads (`output_norm_share`). Layers whose
     projection is not known say nothing.
+
+    Example:
+        All heads look at something; in the first layer only `previous` writes what it found to the residual stream.
+
+        >>> import foveate
+        >>> from foveate.measure import OutputNorm
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, OutputNorm()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "output_norm")
+        {'first': 0.0, 'previous': 1.0, 'self': 0.0, 'average': 0.0}
+        >>> handmade.named(attached.results.heads, "output_norm_share")
+        {'first': 0.0, 'previous': 1.0, 'self': 0.0, 'average': 0.0}
     """
 
     card: ClassVar = Card(

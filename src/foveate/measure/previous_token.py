@@ -23,7 +23,20 @@ __all__ = ["PreviousToken"]
 
 @dataclass(frozen=True)
 class PreviousToken(RowMetric):
-    """Mean mass on the token right before, over the rows that may see one."""
+    """Mean mass on the token right before, over the rows that may see one.
+
+    Example:
+        Only one head looks at the token before; `first` and `average` cannot avoid it at the start of the text.
+
+        >>> import foveate
+        >>> from foveate.measure import PreviousToken
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, PreviousToken()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "previous_token")
+        {'first': 0.09, 'previous': 1.0, 'self': 0.0, 'average': 0.19}
+    """
 
     card: ClassVar = Card(
         title="Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",

@@ -60,6 +60,19 @@ class RetrievalScore(ModelMetric):
     Raises:
         BadInput: the needle is not found again among the prompt's tokens, or the prompt is too long for the model.
         NotSupported: the model does not generate with a KV cache.
+
+    Example:
+        An induction head that prefers digits finds the number, digit after digit, and the model says it.
+
+        >>> from foveate.measure import RetrievalScore
+        >>> from foveate.testing import handmade, tiny
+        >>> model, tokenizer = handmade.model(positions=320), tiny.tokenizer()
+        >>> table = RetrievalScore(length=96, samples=3).measure(model, tokenizer)
+        >>> handmade.named(table, "retrieval_score", layer=1)
+        {'first': 0.0, 'same': 0.0, 'induction': 1.0, 'stop': 0.0}
+        >>> answered = handmade.named(table, "retrieval_score_answered", layer=1)
+        >>> answered["induction"] > 0
+        True
     """
 
     length: int = bounded(512, 96, 1 << 20)

@@ -35,6 +35,20 @@ class SinkRate(KeyMetric):
         threshold: Importance above which a key is a sink.
         later: Keys with fewer later rows than this are no candidates: the mean over a handful of rows says
             little. A text without any candidate has no rate (NaN).
+
+    Example:
+        A full stop near the beginning takes all that `stop` has to give: a sink, and not at the first token.
+
+        >>> import foveate
+        >>> from foveate.measure import SinkRate
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, SinkRate()) as attached:
+        ...     _ = model(handmade.ids("a. bcdefghijklmnopqrstu"))
+        >>> handmade.named(attached.results.heads, "sink_rate", layer=1)
+        {'first': 1.0, 'same': 0.0, 'induction': 0.0, 'stop': 0.0}
+        >>> handmade.named(attached.results.heads, "sink_rate_anywhere", layer=1)
+        {'first': 1.0, 'same': 0.0, 'induction': 0.0, 'stop': 1.0}
     """
 
     threshold: float = bounded(0.3, 0.0, 1.0)

@@ -36,6 +36,20 @@ class SpanMass(Metric):
         spans: Name, first token and one past the last token of each span, padding counted; they may overlap,
             and need not cover the text. None by default: then there is nothing to tell. For the roles of a
             chat: `role_spans`.
+
+    Example:
+        The second word looks at the first: `same` with half of its mass, at the copies of its letters; `induction`
+        with three quarters, at the letters after these (the last one is followed by the blank).
+
+        >>> import foveate
+        >>> from foveate.measure import SpanMass
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> spans = SpanMass(spans=(("one", 1, 5), ("two", 6, 10)))
+        >>> with foveate.attach(model, spans) as attached:
+        ...     _ = model(handmade.ids("abcd abcd"))
+        >>> handmade.named(attached.results.heads, "span_mass:two>one", layer=1)
+        {'first': 0.0, 'same': 0.5, 'induction': 0.75, 'stop': 0.0}
     """
 
     spans: tuple[Span, ...] = ()

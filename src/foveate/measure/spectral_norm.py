@@ -56,6 +56,19 @@ class SpectralNorm(ModelMetric):
         BadInput: weights are NaN or infinite.
         NotSupported: a layer's queries and keys are not products of weights that can be found (a norm in between,
             a fused layout that is not known, quantised weights); names the module.
+
+    Example:
+        The head `average` can never be sharp: its least entropy is ln 16. `first` can, and its norm does not show
+        it, because it asks by a bias.
+
+        >>> from foveate.measure import SpectralNorm
+        >>> from foveate.testing import handmade, tiny
+        >>> model, tokenizer = handmade.model(), tiny.tokenizer()
+        >>> table = SpectralNorm(length=16).measure(model, tokenizer)
+        >>> handmade.named(table, "spectral_norm")
+        {'first': 0.0, 'previous': 250.0, 'self': 250.0, 'average': 0.0}
+        >>> handmade.named(table, "spectral_norm_entropy_bound")
+        {'first': 0.0, 'previous': 0.0, 'self': 0.0, 'average': 2.77}
     """
 
     length: int = bounded(512, 2, 1 << 24)

@@ -28,6 +28,18 @@ class StreamingMass(RowMetric):
 
     Args:
         window: How many tokens back the window reaches.
+
+    Example:
+        Three of the heads would lose nothing in a cache of the first token and the last two; `average` would.
+
+        >>> import foveate
+        >>> from foveate.measure import StreamingMass
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, StreamingMass(window=2)) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "streaming_mass")
+        {'first': 1.0, 'previous': 1.0, 'self': 1.0, 'average': 0.56}
     """
 
     window: int = bounded(256, 0, 1 << 20)

@@ -69,6 +69,19 @@ class TopKOverlap(Metric):
     Args:
         k: Number of keys.
         pairs: Sampled pairs of rows per call; a call with a single row is compared with the call before.
+
+    Example:
+        From row to row `first` looks at the same key, and `self` at another one; so does `previous`, but for the
+        second row, which looks where the first row did. `average` adds one key to those of the row before.
+
+        >>> import foveate
+        >>> from foveate.measure import TopKOverlap
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, TopKOverlap()) as attached:
+        ...     _ = model(handmade.ids("hello world"))
+        >>> handmade.named(attached.results.heads, "top_k_overlap_rows")
+        {'first': 1.0, 'previous': 0.17, 'self': 0.0, 'average': 0.8}
     """
 
     k: int = bounded(64, 1, 1 << 20)

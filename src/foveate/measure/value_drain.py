@@ -34,6 +34,19 @@ class ValueDrain(KeyMetric):
     Args:
         threshold: Importance above which a key is a sink, as in `sink_rate`.
         later: Keys with fewer later rows are no sinks.
+
+    Example:
+        The head `first` looks at a token whose value is nothing, so that it adds nothing; to the other heads that
+        token is like any other.
+
+        >>> import foveate
+        >>> from foveate.measure import ValueDrain
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> with foveate.attach(model, ValueDrain()) as attached:
+        ...     _ = model(handmade.ids("hello world, hello again"))
+        >>> handmade.named(attached.results.heads, "value_drain")
+        {'first': 0.0, 'previous': 1.0, 'self': 1.0, 'average': 1.0}
     """
 
     threshold: float = bounded(0.3, 0.0, 1.0)

@@ -22,7 +22,14 @@ HUB_SECONDS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller of `load` asked for."""
+    """What the caller of `load` asked for.
+
+    Args:
+        name: What was asked for, as it was written.
+        dtype: Of the weights.
+        trust_remote_code: Whether code that comes with a model may run.
+        tokenizer: Whether a tokenizer is wanted too.
+    """
 
     name: str
     dtype: torch.dtype

@@ -22,7 +22,15 @@ SPARE_TOKENS = 4
 
 @dataclass(frozen=True)
 class Record:
-    """What the model said to one prompt."""
+    """What the model said to one prompt.
+
+    Args:
+        depth: Where in the context the needle stood: 0 at the start, 1 at the end.
+        tokens: Length of the prompt.
+        answer: What it should say.
+        said: What it said.
+        right: Whether the answer is in that.
+    """
 
     depth: float
     tokens: int
@@ -33,7 +41,15 @@ class Record:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The share of right answers with its 95 % Wilson interval, and every answer."""
+    """The share of right answers with its 95 % Wilson interval, and every answer.
+
+    Args:
+        task: The task.
+        recall: Share of right answers.
+        low: Lower end of the interval.
+        high: Upper end.
+        records: One entry per prompt.
+    """
 
     task: Task
     recall: float

@@ -30,19 +30,23 @@ SENTENCE_ENDS = (".\n", ". ", "\n\n", "\n", " ")
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt whose answer is known."""
+    """One prompt whose answer is known.
+
+    Args:
+        ids: The prompt's tokens, up to where the answer is to follow.
+        answer: What the model should say.
+        answer_ids: The answer's tokens as they stand in the prompt.
+        needle: Where the answer first stands in the prompt: its first token, and one past its last.
+        question_start: First position of the question, which follows the context.
+        depth: Where in the context the needle stands: 0 at the start, 1 at the end.
+    """
 
     ids: tuple[int, ...]
-    """The prompt's tokens, up to where the answer is to follow."""
     answer: str
     answer_ids: tuple[int, ...]
-    """The answer's tokens as they stand in the prompt."""
     needle: tuple[int, int]
-    """Where the answer first stands in the prompt: position of its first token, and the position after its last."""
     question_start: int
-    """First position of the question, which follows the context."""
     depth: float
-    """Where in the context the needle stands: 0 at the start, 1 at the end."""
 
 
 @runtime_checkable
@@ -56,17 +60,28 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Wording:
-    """What stands around the context."""
+    """What stands around the context.
+
+    Args:
+        instruction: Before the context.
+        question: Behind it.
+        reply: How the answer begins; the model goes on from here.
+    """
 
     instruction: str
     question: str
     reply: str
-    """How the answer begins; the model goes on from here."""
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A sentence to hide, and the part of it that is asked for."""
+    """A sentence to hide, and the part of it that is asked for.
+
+    Args:
+        sentence: The sentence.
+        answer: The part that is asked for.
+        depth: Where in the context it is hidden: 0 at the start, 1 at the end.
+    """
 
     sentence: str
     answer: str
