@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import importlib
 import json
 import re
@@ -123,7 +122,7 @@ def mechanism(entry: Entry) -> str:
         problems(entry, cls),
         sentence(plain(entry["differs"])),
         claims_of(entry),
-        example(entry, cls),
+        example(entry),
         reference(entry, cls),
     )
     parts = [f"# {entry['name']}", f"{entry['verb']} · {entry['kind']} · {entry['family']} · reads {reads(entry)}"]
@@ -208,28 +207,10 @@ def claim_names(entry: Entry) -> list[str]:
     return [c if isinstance(c, str) else c["name"] for c in entry["claims"]]
 
 
-def example(entry: Entry, cls: type) -> str:
-    code = entry.get("example") or doctest_of(cls) or attached_example(entry, cls)
-    return f"```python\n{code.strip()}\n```"
-
-
-def doctest_of(cls: type) -> str:
-    """The examples of the class's docstring, with what they print."""
-    lines = []
-    for e in doctest.DocTestParser().get_examples(cls.__doc__ or ""):
-        lines += [">>> " + e.source.rstrip().replace("\n", "\n... "), e.want.rstrip()]
-    return "\n".join(line for line in lines if line)
-
-
-def attached_example(entry: Entry, cls: type) -> str:
-    """How any mechanism of its kind is used."""
-    imports = f"import foveate\nfrom foveate.{entry['verb']} import {cls.__name__}"
-    head = f'{imports}\n\nmodel, tokenizer = foveate.load("smollm2")'
-    if entry["kind"] == "ModelMetric":
-        return f"{head}\ntable = {cls.__name__}().measure(model, tokenizer)"
-    inputs = 'inputs = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")'
-    out = "\nattached.results.heads" if entry["kind"] == "Metric" else ""
-    return f"{head}\n{inputs}\nwith foveate.attach(model, {cls.__name__}()) as attached:\n    model(**inputs){out}"
+def example(entry: Entry) -> str:
+    """The example of the docstring, which the tests run: what it shows, then the code with what it prints."""
+    about, mark, code = entry["example"].partition(">>>")
+    return f"{about.strip()}\n\n```pycon\n{mark}{code.rstrip()}\n```"
 
 
 def reference(entry: Entry, cls: type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
 
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, Pattern
+from foveate.core.attach import attach
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern
 from foveate.core.params import bounds_of
 from foveate.core.rows import View, attend
+from foveate.measure._watch import Watch, seen
+from foveate.testing import handmade, tiny
 
 __all__ = ["measured", "numbers", "picture", "setting"]
 
@@ -41,9 +44,8 @@ def setting(cls: type[Mechanism]) -> Mechanism:
     return cls(**(small[0] if small else {}))
 
 
-def heads_in_a_row(figure: Figure, rows: int, bottom: float) -> list[list[Any]]:
-    """Axes for the patterns, with names above and room below."""
-    names = list(patterns.patterns())
+def heads_in_a_row(figure: Figure, names: Sequence[str], rows: int, bottom: float) -> np.ndarray:
+    """Axes for the heads of a row, with names above and room below."""
     axes = figure.subplots(rows, len(names), squeeze=False)
     figure.get_layout_engine().set(rect=(0.2, bottom, 0.8, 1 - bottom), w_pad=0.03)
     for ax, name in zip(axes[0], names, strict=True):
@@ -54,39 +56,83 @@ def heads_in_a_row(figure: Figure, rows: int, bottom: float) -> list[list[Any]]:
 # ---------------------------------------------------------------- metrics
 
 
-def numbers(metric: Metric) -> dict[str, list[float]]:
-    """What the metric says of each pattern, by label; of the second of two equal layers, as some look at the first."""
-    before, found = None, {}
+def numbers(metric: Metric) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """What the metric says of each pattern, by label: its numbers, and its pictures where it has some.
+
+    It is read at the second of two equal layers, as some metrics look at the first.
+    """
+    before, state = None, None
     for layer in (0, 1):
         view = patterns.view(layer)
         rows = attend(view, metric.needs())
         rows.before = before
-        found = metric.result(metric.update(metric.start(view.layer), rows))
+        state = metric.update(metric.start(view.layer), rows)
         before = rows.samples()
-    return {label: e.value.tolist() for label, e in found.items()}
+    found = {label: e.value.tolist() for label, e in metric.result(state).items()}
+    return found, {label: values.numpy() for label, values in metric.arrays(state).items()}
 
 
 def draw_metric(metric: Metric) -> tuple[str, str]:
-    found = numbers(metric)
+    found, arrays = numbers(metric)
+    drawn = with_numbers({n: p.numpy() for n, p in patterns.patterns().items()}, found, arrays)
+    return drawn, (
+        f"Seven attention patterns made by hand over {patterns.TOKENS} tokens, a text of 16 tokens said twice (rows "
+        f"downwards, keys to the right), and what <code>{spelled(metric)}</code> says of each{left_out(found)}."
+    )
+
+
+def draw_model_metric(metric: ModelMetric) -> tuple[str, str]:
+    """Runs the metric on a transformer whose heads were written by hand, and shows them on a short text."""
+    model, text = handmade.model(positions=320), "a dog. a cat. a dog."
+    with attach(model, Watch(lambda rows: rows[patterns.Weights()][0], (patterns.Weights(),))) as attached:
+        model(handmade.ids(text))
+        weights = [calls[0].detach().numpy() for calls in seen(attached).values()]
+    heads = {
+        f"{layer}: {name}": weights[layer][n]
+        for layer, names in enumerate(handmade.HEADS)
+        for n, name in enumerate(names)
+    }
+    table = metric.measure(model, tiny.tokenizer())
+    found: dict[str, list[float]] = {}
+    for label, part in table.groupby("metric", sort=False):
+        at = part.set_index(["layer", "head"])["value"]
+        found[label] = [at.get((n // 4, n % 4), math.nan) for n in range(len(heads))]
+    return with_numbers(heads, found, {}), (
+        "The eight heads of a transformer of two layers that was written by hand (<code>foveate.testing.handmade</code>"
+        f"; layer and name), on the text “{text}”, and what <code>{spelled(metric)}</code> says of each"
+        f"{left_out(found)}."
+    )
+
+
+def left_out(found: dict[str, list[float]]) -> str:
+    return f" ({len(found) - MOST_LABELS} more numbers are not shown)" if len(found) > MOST_LABELS else ""
+
+
+def with_numbers(heads: dict[str, np.ndarray], found: dict[str, list[float]], arrays: dict[str, np.ndarray]) -> str:
+    """The weights of some heads, the pictures that a metric makes of them, and below them its numbers."""
     labels = list(found)[:MOST_LABELS]
     line, panel = 0.19, 1.05
-    height = panel + 0.25 + line * len(labels)
+    height = panel * (1 + len(arrays)) + 0.25 + line * len(labels)
     with drawing(8.6, height) as figure:
-        axes = heads_in_a_row(figure, 1, (line * len(labels) + 0.05) / height)
-        for ax, pattern in zip(axes[0], patterns.patterns().values(), strict=True):
-            shade(ax, pattern.numpy(), most=1.0)
+        axes = heads_in_a_row(figure, list(heads), 1 + len(arrays), (line * len(labels) + 0.05) / height)
+        for ax, pattern in zip(axes[0], heads.values(), strict=True):
+            shade(ax, pattern, most=1.0)
             bare(ax)
+        for row, (label, pictures) in zip(axes[1:], arrays.items(), strict=True):
+            for ax, values in zip(row, pictures, strict=True):
+                if values.ndim == 2:
+                    shade(ax, values, GREEN)
+                else:
+                    ax.plot(values, color=GREEN, drawstyle="steps-mid")
+                    ax.set_ylim(0, 1.05 * float(np.nanmax(pictures)))
+                bare(ax)
+            under(row[0], label, (-0.1, 30), ha="right", fontsize=8)
         for n, label in enumerate(labels):
             below = -72 * line * (n + 0.6)
-            under(axes[0][0], label, (-0.1, below), ha="right", fontsize=8)
-            for ax, value in zip(axes[0], found[label], strict=True):
+            under(axes[-1][0], label, (-0.1, below), ha="right", fontsize=8)
+            for ax, value in zip(axes[-1], found[label], strict=True):
                 under(ax, number(value), (0.5, below), ha="center", fontsize=8.5)
-        more = f" (and {len(found) - len(labels)} more numbers)" if len(found) > len(labels) else ""
-        caption = (
-            f"Seven attention patterns made by hand over {patterns.TOKENS} tokens, a text of 16 tokens said twice "
-            f"(rows downwards, keys to the right), and what <code>{spelled(metric)}</code> says of each{more}."
-        )
-        return svg(figure), caption
+        return svg(figure)
 
 
 def under(ax: Axes, text: str, at: tuple[float, float], **style: Any) -> None:
@@ -119,7 +165,7 @@ def weights_and_outputs(**acting: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def before_and_after(m: Mechanism, after: torch.Tensor) -> tuple[str, str]:
     before, _ = weights_and_outputs()
     with drawing(8.6, 2.5) as figure:
-        axes = heads_in_a_row(figure, 2, 0.02)
+        axes = heads_in_a_row(figure, list(patterns.patterns()), 2, 0.02)
         for line, colour, weights in zip(axes, (BLUE, ORANGE), (before, after), strict=True):
             for ax, pattern in zip(line, weights, strict=True):
                 shade(ax, pattern.numpy(), colour, most=1.0)
@@ -157,6 +203,7 @@ def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
 
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Metric: draw_metric,
+    ModelMetric: draw_model_metric,
     Edit: draw_edit,
     Pattern: draw_pattern,
     HeadEdit: draw_head_edit,

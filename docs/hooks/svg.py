@@ -69,8 +69,8 @@ def svg(figure: Figure) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
     width = float(re.search(r'width="([\d.]+)pt"', text)[1])
     text = re.sub(r'<svg ([^>]*?)height="[\d.]+pt" ([^>]*?)width="[\d.]+pt"', r"<svg \1\2", text, count=1)
-    # 1 pt of the figure is 1.2 px of the page: 8.5 pt read as small print
-    return text.replace("<svg ", f'<svg style="width: {1.2 * width:.0f}px" ', 1)
+    # 1 pt of the figure is 1.4 px of the page: 8.5 pt read as small print does
+    return text.replace("<svg ", f'<svg style="width: {1.4 * width:.0f}px" ', 1)
 
 
 def figure_element(drawn: str, caption: str) -> str:
