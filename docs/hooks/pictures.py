@@ -229,7 +229,7 @@ def measured(name: str) -> tuple[str, str] | None:
             shade(ax, grid - low, GREEN)
             bare(ax)
             ax.set_title(label, fontsize=8)
-            ax.set_xlabel(f"head; darkest: {number(float(pd.Series(grid.ravel()).max()))}", fontsize=8)
+            ax.set_xlabel(f"head; strongest: {number(float(pd.Series(grid.ravel()).max()))}", fontsize=8)
         axes[0].set_yticks(range(0, len(grid), 5))
         axes[0].set_ylabel("layer")
         caption = (
