@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import re
@@ -65,12 +66,22 @@ def svg(figure: Figure) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = text.replace(INK, "currentColor")
+    text = numbered(text.replace(INK, "currentColor"))
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
     width = float(re.search(r'width="([\d.]+)pt"', text)[1])
     text = re.sub(r'<svg ([^>]*?)height="[\d.]+pt" ([^>]*?)width="[\d.]+pt"', r"<svg \1\2", text, count=1)
     # 1 pt of the figure is 1.4 px of the page: 8.5 pt read as small print does
     return text.replace("<svg ", f'<svg style="width: {1.4 * width:.0f}px" ', 1)
+
+
+def numbered(text: str) -> str:
+    """The clip paths by number, behind a name that is the figure's own: matplotlib names them by addresses in memory."""
+    ids = list(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text)))
+    if not ids:
+        return text
+    pattern = re.compile("|".join(ids))
+    figure = hashlib.sha256(pattern.sub("", text).encode()).hexdigest()[:8]
+    return pattern.sub(lambda found: f"c{figure}-{ids.index(found[0])}", text)
 
 
 def figure_element(drawn: str, caption: str) -> str:
