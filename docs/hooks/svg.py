@@ -75,7 +75,7 @@ def svg(figure: Figure) -> str:
 
 
 def numbered(text: str) -> str:
-    """The clip paths by number, behind a name that is the figure's own: matplotlib names them by addresses in memory."""
+    """The clip paths by number and the figure's own name; matplotlib names them by addresses in memory."""
     ids = list(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', text)))
     if not ids:
         return text
