@@ -9,7 +9,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # one thread in each of two workers; more threads than cores make torch wait
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: profile test check lint types bench clean
+# Material advertises a successor of MkDocs on every build
+MKDOCS := NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs
+
+.PHONY: profile test check lint types docs docs-serve bench clean
 .DEFAULT_GOAL := profile
 
 profile: $(RUN)
@@ -18,7 +21,7 @@ profile: $(RUN)
 test: $(DEV)
 	$(PYTEST)
 
-check: lint types test
+check: lint types test docs
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
@@ -27,11 +30,18 @@ lint: $(DEV)
 types: $(DEV)
 	$(BIN)/mypy
 
+# strict: a warning is an error
+docs: $(DEV)
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: $(DEV)
+	$(MKDOCS) serve --watch src --watch bench/results --watch bench/claims/results
+
 bench: $(DEV)
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache src/*.egg-info src/foveate/core/kernels/*.so
+	rm -rf $(VENV) build site .pytest_cache .ruff_cache .mypy_cache src/*.egg-info src/foveate/core/kernels/*.so
 	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -161,7 +161,10 @@ def prompt_worker(kind: str, tokens: int, keep: float) -> dict:
         held = (
             attached.bytes_held()
             if where == "foveate"
-            else sum(layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes() for layer in cache.layers)
+            else sum(
+                layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+                for layer in cache.layers
+            )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "bytes": held, "peak": peak}

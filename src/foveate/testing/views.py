@@ -28,8 +28,16 @@ class Situation:
 
     Args:
         mask: From the batch, queries and keys.
-        batch, queries, keys, heads, kv_heads, dim, value_dim: Sizes.
-        softcap, sinks, bias: What the layer adds to plain attention.
+        batch: Entries of the batch.
+        queries: Queries per entry.
+        keys: Keys per entry.
+        heads: Query heads.
+        kv_heads: Key-value heads.
+        dim: Width of a query and of a key.
+        value_dim: Width of a value.
+        softcap: Soft cap on the scores, or None.
+        sinks: Whether the heads have learned sinks.
+        bias: Whether there is an additive bias.
         cross: Whether the keys come from another sequence.
         spread: Standard deviation of the queries; large ones give peaked rows.
         dtype: Of queries, keys and values.

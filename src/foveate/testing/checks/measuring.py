@@ -91,7 +91,10 @@ def measured(
     all_rows: bool = True,
     without: Reduction | None = None,
 ) -> Numbers:
-    """What a metric says after these calls, by label; of batches of one, keys of padding are left out."""
+    """What a metric says after these calls, by label; of batches of one, keys of padding are left out.
+
+    Arrays count tokens from the beginning of the text, so they are compared whole.
+    """
     states: dict[int, Any] = {}
     with torch.no_grad():
         for view in calls:

@@ -1,0 +1,246 @@
+"""One picture per mechanism, drawn by running it: one drawing function per kind, none per mechanism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import patterns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
+
+from foveate.core.attach import attach
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern
+from foveate.core.params import bounds_of
+from foveate.core.rows import View, attend
+from foveate.measure._watch import Watch, seen
+from foveate.testing import handmade, tiny
+
+__all__ = ["measured", "numbers", "picture", "setting"]
+
+MEASURED = Path(__file__).parent.parent / "data" / "smollm2.csv"
+MOST_LABELS = 8
+MOST_MAPS = 4
+
+
+def picture(cls: type[Mechanism]) -> tuple[str, str] | None:
+    """An SVG and its caption; None for kinds that have no drawing."""
+    for kind, draw in DRAWINGS.items():
+        if issubclass(cls, kind):
+            return draw(setting(cls))
+    return None
+
+
+def setting(cls: type[Mechanism]) -> Mechanism:
+    """The mechanism with its first small setting: windows of thousands of tokens say nothing about 32."""
+    identity = cls.identity
+    small = [p for p in cls.test_params if p and p != identity]
+    return cls(**(small[0] if small else {}))
+
+
+def heads_in_a_row(figure: Figure, names: Sequence[str], rows: int, bottom: float) -> np.ndarray:
+    """Axes for the heads of a row, with names above and room below."""
+    axes = figure.subplots(rows, len(names), squeeze=False)
+    figure.get_layout_engine().set(rect=(0.2, bottom, 0.8, 1 - bottom), w_pad=0.03)
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name, fontsize=8)
+    return axes
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def numbers(metric: Metric) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """What the metric says of each pattern, by label: its numbers, and its pictures where it has some.
+
+    It is read at the second of two equal layers, as some metrics look at the first.
+    """
+    before, state = None, None
+    for layer in (0, 1):
+        view = patterns.view(layer)
+        rows = attend(view, metric.needs())
+        rows.before = before
+        state = metric.update(metric.start(view.layer), rows)
+        before = rows.samples()
+    found = {label: e.value.tolist() for label, e in metric.result(state).items()}
+    return found, {label: values.numpy() for label, values in metric.arrays(state).items()}
+
+
+def draw_metric(metric: Metric) -> tuple[str, str]:
+    found, arrays = numbers(metric)
+    drawn = with_numbers({n: p.numpy() for n, p in patterns.patterns().items()}, found, arrays)
+    return drawn, (
+        f"Seven attention patterns made by hand over {patterns.TOKENS} tokens, a text of 16 tokens said twice (rows "
+        f"downwards, keys to the right), and what <code>{spelled(metric)}</code> says of each{left_out(found)}."
+    )
+
+
+def draw_model_metric(metric: ModelMetric) -> tuple[str, str]:
+    """Runs the metric on a transformer whose heads were written by hand, and shows them on a short text."""
+    model, text = handmade.model(positions=320), "a dog. a cat. a dog."
+    with attach(model, Watch(lambda rows: rows[patterns.Weights()][0], (patterns.Weights(),))) as attached:
+        model(handmade.ids(text))
+        weights = [calls[0].detach().numpy() for calls in seen(attached).values()]
+    heads = {
+        f"{layer}: {name}": weights[layer][n]
+        for layer, names in enumerate(handmade.HEADS)
+        for n, name in enumerate(names)
+    }
+    table = metric.measure(model, tiny.tokenizer())
+    found: dict[str, list[float]] = {}
+    for label, part in table.groupby("metric", sort=False):
+        at = part.set_index(["layer", "head"])["value"]
+        found[label] = [at.get((n // 4, n % 4), math.nan) for n in range(len(heads))]
+    return with_numbers(heads, found, {}), (
+        "The eight heads of a transformer of two layers that was written by hand (<code>foveate.testing.handmade</code>"
+        f"; layer and name), on the text “{text}”, and what <code>{spelled(metric)}</code> says of each"
+        f"{left_out(found)}."
+    )
+
+
+def left_out(found: dict[str, list[float]]) -> str:
+    return f" ({len(found) - MOST_LABELS} more numbers are not shown)" if len(found) > MOST_LABELS else ""
+
+
+def with_numbers(heads: dict[str, np.ndarray], found: dict[str, list[float]], arrays: dict[str, np.ndarray]) -> str:
+    """The weights of some heads, the pictures that a metric makes of them, and below them its numbers."""
+    labels = list(found)[:MOST_LABELS]
+    line, panel = 0.19, 1.05
+    height = panel * (1 + len(arrays)) + 0.25 + line * len(labels)
+    with drawing(8.6, height) as figure:
+        axes = heads_in_a_row(figure, list(heads), 1 + len(arrays), (line * len(labels) + 0.05) / height)
+        for ax, pattern in zip(axes[0], heads.values(), strict=True):
+            shade(ax, pattern, most=1.0)
+            bare(ax)
+        for row, (label, pictures) in zip(axes[1:], arrays.items(), strict=True):
+            for ax, values in zip(row, pictures, strict=True):
+                if values.ndim == 2:
+                    shade(ax, values, GREEN)
+                else:
+                    ax.plot(values, color=GREEN, drawstyle="steps-mid")
+                    ax.set_ylim(0, 1.05 * float(np.nanmax(pictures)))
+                bare(ax)
+            under(row[0], label, (-0.1, 30), ha="right", fontsize=8)
+        for n, label in enumerate(labels):
+            below = -72 * line * (n + 0.6)
+            under(axes[-1][0], label, (-0.1, below), ha="right", fontsize=8)
+            for ax, value in zip(axes[-1], found[label], strict=True):
+                under(ax, number(value), (0.5, below), ha="center", fontsize=8.5)
+        return svg(figure)
+
+
+def under(ax: Axes, text: str, at: tuple[float, float], **style: Any) -> None:
+    """Text below a panel: a share of its width, and points downwards. The layout does not make room for it."""
+    points = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    ax.annotate(text, (at[0], 0), (0, at[1]), va="center", **points, **style).set_in_layout(False)
+
+
+def number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if 0.01 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+
+
+def spelled(m: Mechanism) -> str:
+    """The constructor call, without what is left at its default."""
+    given = [f"{n}={getattr(m, n)!r}" for n, (default, _) in bounds_of(type(m)).items() if getattr(m, n) != default]
+    return f"{type(m).__name__}({', '.join(given)})"
+
+
+# ---------------------------------------------------------------- what acts on rows
+
+
+def weights_and_outputs(**acting: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    view = patterns.view()
+    rows = attend(view, (patterns.Weights(),), **acting)
+    return rows[patterns.Weights()][0], rows.out[0]
+
+
+def before_and_after(m: Mechanism, after: torch.Tensor) -> tuple[str, str]:
+    before, _ = weights_and_outputs()
+    with drawing(8.6, 2.5) as figure:
+        axes = heads_in_a_row(figure, list(patterns.patterns()), 2, 0.02)
+        for line, colour, weights in zip(axes, (BLUE, ORANGE), (before, after), strict=True):
+            for ax, pattern in zip(line, weights, strict=True):
+                shade(ax, pattern.numpy(), colour, most=1.0)
+                bare(ax)
+        for line, word in zip(axes, ("before", "after"), strict=True):
+            line[0].set_ylabel(word)
+        return svg(figure), (
+            f"The same seven patterns before (blue) and after (orange) <code>{spelled(m)}</code>; rows downwards, keys "
+            "to the right."
+        )
+
+
+def draw_edit(edit: Edit) -> tuple[str, str]:
+    return before_and_after(edit, weights_and_outputs(edits=(edit,))[0])
+
+
+def draw_pattern(pattern: Pattern) -> tuple[str, str]:
+    return before_and_after(pattern, weights_and_outputs(pattern=pattern.select)[0])
+
+
+def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
+    view: View = patterns.view()
+    rows = attend(view)
+    norms = [t.float().norm(dim=-1).mean(-1)[0].numpy() for t in (rows.out, edit.edit(rows, rows.out))]
+    with drawing(8.6, 1.9) as figure:
+        ax = figure.subplots()
+        at = np.arange(len(norms[0]))
+        for shift, colour, word, norm in zip((-0.2, 0.2), (BLUE, ORANGE), ("before", "after"), norms, strict=True):
+            ax.bar(at + shift, norm, 0.36, color=colour, label=word)
+        ax.set_xticks(at, list(patterns.patterns()))
+        ax.set_ylabel("mean norm of the output")
+        ax.legend(ncols=2, loc="upper right")
+        return svg(figure), f"Outputs of the seven patterns before and after <code>{spelled(edit)}</code>."
+
+
+DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
+    Metric: draw_metric,
+    ModelMetric: draw_model_metric,
+    Edit: draw_edit,
+    Pattern: draw_pattern,
+    HeadEdit: draw_head_edit,
+}
+
+
+# ---------------------------------------------------------------- a real model
+
+
+def measured(name: str) -> tuple[str, str] | None:
+    """Maps of a metric's labels over the heads of smollm2, from `data/smollm2.csv`; None where it has none there."""
+    table = pd.read_csv(MEASURED, comment="#")
+    labels = [c for c in table.columns if c == name or c.startswith((f"{name}_", f"{name}:"))]
+    # one number for all heads is no map
+    labels = [c for c in labels if table[c].nunique() > 1 and owner(c, table) == name][:MOST_MAPS]
+    if not labels:
+        return None
+    with drawing(1.0 + 1.9 * len(labels), 3.3) as figure:
+        axes = figure.subplots(1, len(labels), squeeze=False, sharey=True)[0]
+        for ax, label in zip(axes, labels, strict=True):
+            grid = table.pivot(index="layer", columns="head", values=label).to_numpy()
+            low = min(0.0, float(pd.Series(grid.ravel()).min()))
+            shade(ax, grid - low, GREEN)
+            bare(ax)
+            ax.set_title(label, fontsize=8)
+            ax.set_xlabel(f"head; strongest: {number(float(pd.Series(grid.ravel()).max()))}", fontsize=8)
+        axes[0].set_yticks(range(0, len(grid), 5))
+        axes[0].set_ylabel("layer")
+        caption = (
+            "On a real model: the 270 heads of smollm2 over 4,096 tokens of Python's documentation, layers downwards. "
+            "Empty is the smallest value (0, or below where there are negative ones); gaps were not measured."
+        )
+        return svg(figure), caption
+
+
+def owner(label: str, table: pd.DataFrame) -> str:
+    """The mechanism that a label belongs to: the longest name that it begins with."""
+    from foveate.core.registry import names
+
+    return max((n for n in names("measure") if label == n or label.startswith((f"{n}_", f"{n}:"))), key=len, default="")
