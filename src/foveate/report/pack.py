@@ -57,7 +57,7 @@ def zipped(data: bytes | str) -> str:
     """Base64 of gzip, the same for the same data: what the page's own script unpacks."""
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode("ascii")
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
 
 
 class Pack:
