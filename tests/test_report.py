@@ -142,6 +142,7 @@ def test_control_characters_become_visible():
     assert clean("a\x00b\x1b\x7f\x85\u202e\u2066") == "a␀b␛␡‹U+0085›‹U+202E›‹U+2066›"
     assert clean("\ud83d") == "\ufffd"
     assert clean("\ud83d\ude00 שלום") == "😀 שלום"
+    assert clean("👩\u200d👧\u200b\n") == "👩\u200d👧‹U+200B›⏎"
     assert "<" not in script_json({"a": "</script><!--"})
 
 

@@ -7,7 +7,6 @@ See `docs/decisions/`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from bokeh.core.properties import value
@@ -46,7 +45,6 @@ FONT = "system-ui, sans-serif"
 CELL = 17
 
 
-@cache
 def script() -> str:
     """BokehJS itself, without its widgets."""
     return (settings.bokehjs_path() / "js" / "bokeh.min.js").read_text(encoding="utf-8")

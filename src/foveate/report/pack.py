@@ -17,8 +17,8 @@ FLOOR, LEVELS = 1e-5, 254
 ERROR = FLOOR ** (-0.5 / LEVELS) - 1
 GRADES = 9
 
-# Invisible, or able to turn the text around them: they are shown by their number.
-BIDI = {*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x2028, 0x2029, 0xFEFF}
+# Invisible, or able to turn the text around them: they are shown by their number. Joiners are part of emoji and words.
+BIDI = {0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C, 0x2028, 0x2029, 0xFEFF}
 
 
 def quantise(share: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -57,7 +57,7 @@ def zipped(data: bytes | str) -> str:
     """Base64 of gzip, the same for the same data: what the page's own script unpacks."""
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
-    return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode("ascii")
+    return base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
 
 
 class Pack:

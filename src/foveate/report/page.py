@@ -110,7 +110,7 @@ def render(
             "exceeds": pack.add(compared.exceeds.astype("uint8")),
         }
     blobs = {
-        "bokeh": zipped(charts.script()),
+        "bokeh": library(),
         "texts": zipped(script_json(texts)),
         "arrays": pack.zipped(),
     }
@@ -131,6 +131,11 @@ def render(
         notes=sorted(notes),
         error=f"{ERROR:.1%}",
     )
+
+
+@cache
+def library() -> str:
+    return zipped(charts.script())
 
 
 @cache

@@ -31,12 +31,12 @@ const shares = bytes => Float32Array.from(bytes, q => SHARE[q]);
 
 // ---------------------------------------------------------------- text
 
-const HIDDEN = new Set([0x61c, 0x2028, 0x2029, 0xfeff]);
+const HIDDEN = new Set([0x61c, 0x200b, 0x200e, 0x200f, 0x2028, 0x2029, 0xfeff]);
 function visibleChar(c) {
   const n = c.codePointAt(0);
   if (n < 0x20) return String.fromCodePoint(0x2400 + n);
   if (n === 0x7f) return "\u2421";
-  const odd = n >= 0x80 && n < 0xa0 || n >= 0x200b && n <= 0x200f || n >= 0x202a && n <= 0x202e || n >= 0x2066 && n <= 0x2069;
+  const odd = n >= 0x80 && n < 0xa0 || n >= 0x202a && n <= 0x202e || n >= 0x2066 && n <= 0x2069;
   if (odd || HIDDEN.has(n)) return `‹U+${n.toString(16).toUpperCase().padStart(4, "0")}›`;
   return n >= 0xd800 && n <= 0xdfff ? "\ufffd" : c;
 }
