@@ -158,14 +158,11 @@ def prompt_worker(kind: str, tokens: int, keep: float) -> dict:
                 seconds = timed(lambda: model(**options))
         else:
             seconds = timed(lambda: model(**options))
-        held = (
-            attached.bytes_held()
-            if where == "foveate"
-            else sum(
-                layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
-                for layer in cache.layers
-            )
-        )
+        if where == "foveate":
+            held = attached.bytes_held()
+        else:
+            kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+            held = sum(t.untyped_storage().nbytes() for t in kept)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "bytes": held, "peak": peak}
 
@@ -249,7 +246,7 @@ def save(file: Path, result: dict) -> None:
         lines = [
             "`python bench/cache.py prompt`: a prompt, batch 1",
             "",
-            "| tokens | cache | seconds to first token | x transformers (range) | MB held | share | peak MB over plain |",
+            "| tokens | cache | s to first token | x transformers (range) | MB held | share | peak MB over plain |",
             "|---|---|---|---|---|---|---|",
         ]
         for key, rounds in json.loads(found.read_text()).items():

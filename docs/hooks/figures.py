@@ -259,7 +259,8 @@ def memory() -> str:
         for key, (label, colour) in names.items():
             points = []
             for tokens, runs in sorted(rounds.items(), key=lambda item: int(item[0])):
-                over = [(r[key]["peak_bytes"] - r[key]["before_bytes"]) / 1e9 for r in runs if key in r]
+                fine = [r[key] for r in runs if "peak_bytes" in r.get(key, {})]
+                over = [(one["peak_bytes"] - one["before_bytes"]) / 1e9 for one in fine]
                 if over:
                     points.append((int(tokens), sum(over) / len(over)))
             ax.plot(*zip(*points, strict=True), "o-", color=colour, label=label, linewidth=1.2, markersize=3.5)
@@ -268,7 +269,7 @@ def memory() -> str:
         ticks = sorted(map(int, rounds))
         ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
         ax.minorticks_off()
-        values = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+        values = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
         ax.set_yticks(values, [f"{v:g}" for v in values])
         ax.set(xlabel="tokens", ylabel="GB added at the peak")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
 
 from foveate.core.attach import attach
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern
+from foveate.core.budget import Budget
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy
 from foveate.core.params import bounds_of
 from foveate.core.rows import View, attend
 from foveate.measure._watch import Watch, seen
@@ -201,12 +202,40 @@ def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
         return svg(figure), f"Outputs of the seven patterns before and after <code>{spelled(edit)}</code>."
 
 
+SAYING = "To be, or not to be. That is 1 of 2 questions. To be, or"
+
+
+def draw_policy(policy: Policy) -> tuple[str, str]:
+    """Which tokens of a saying each head of the hand-made model still has, half of them at most."""
+    length = len(SAYING) + 1
+    small = policy.within(Budget(0.4, sinks=1, recent=3, every=0))
+    with attach(handmade.model(), small) as attached:
+        cache = attached.model(handmade.ids(SAYING)).past_key_values
+    names = [f"{name}, layer {n}" for n, heads in enumerate(handmade.HEADS) for name in heads]
+    held = np.zeros((len(names), length))
+    for n, layer in enumerate(cache.layers):
+        for head, at in enumerate(layer.store.positions()[0].tolist()):
+            held[n * len(handmade.HEADS[0]) + head, [j for j in at if j < length]] = 1
+    with drawing(8.6, 2.4) as figure:
+        ax = figure.subplots()
+        shade(ax, held, ORANGE, most=1.6)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_xticks(range(length), ["^", *SAYING], fontsize=7, family="monospace")
+        ax.tick_params(length=0)
+        ax.set_xticks(np.arange(length) + 0.5, minor=True)
+        return svg(figure), (
+            f"Eight heads that do what their names say, and which tokens of a text they still have under "
+            f"<code>{type(policy).__name__}</code> when 40 % may stay; ^ is the start of the text."
+        )
+
+
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Metric: draw_metric,
     ModelMetric: draw_model_metric,
     Edit: draw_edit,
     Pattern: draw_pattern,
     HeadEdit: draw_head_edit,
+    Policy: draw_policy,
 }
 
 

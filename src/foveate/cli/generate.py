@@ -44,7 +44,8 @@ def command(
         from foveate.models import load
 
         # a policy that cannot be is told before a model is opened
-        chosen = None if policy is None else make(policy, "compress").within(amount)
+        chosen: Any = None if policy is None else make(policy, "compress")
+        chosen = chosen and chosen.within(amount)
         network, tokenizer = load(model)
     ids = prompt_ids(network, tokenizer, given, prompt, tokens)
     kept = f"{policy}, keeping {keep}" if policy else "the whole cache (--policy for less)"
