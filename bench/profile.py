@@ -167,8 +167,9 @@ def summary(rounds: list[dict], tokens: int) -> list[str]:
         peak = statistics.median(g["peak_bytes"] for g in fine) / 1e9
         over = peak - statistics.median(r["plain"]["peak_bytes"] for r in rounds) / 1e9
         told = [g["estimated_bytes"] / g["peak_bytes"] for g in fine if "estimated_bytes" in g]
+        what = f"{kind} ({int(fine[0]['metrics'])} metrics)" if "metrics" in fine[0] else kind
         lines.append(
-            f"| {tokens:,} | {kind} | {statistics.median(seconds):.2f} | {statistics.median(ratios):.2f} "
+            f"| {tokens:,} | {what} | {statistics.median(seconds):.2f} | {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}) | {peak:.2f} ({over:+.2f}) | "
             + (f"{statistics.median(told):.2f} |" if told else "|")
         )

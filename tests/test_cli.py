@@ -1,23 +1,13 @@
-"""The command line as a person meets it: in a process of its own."""
+"""The command line as a person meets it."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from commands import here, process
 from foveate import catalogue
-
-
-def run(*arguments, **env):
-    return subprocess.run(
-        [sys.executable, "-c", "from foveate.cli import main; main()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "140", **env},
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def text(tmp_path):
 
 
 def test_profile_measures_and_writes(folder, text, tmp_path):
-    done = run(
+    done = process(
         "profile",
         folder,
         "--text",
@@ -82,7 +72,7 @@ def test_profile_measures_and_writes(folder, text, tmp_path):
 
 
 def test_json_is_json_and_nothing_else(folder, text, tmp_path):
-    done = run("profile", folder, "--text", text, "--out", tmp_path / "out", "--metrics", "entropy", "--json")
+    done = here("profile", folder, "--text", text, "--out", tmp_path / "out", "--metrics", "entropy", "--json")
     assert json.loads(done.stdout)["summary"]["entropy"] > 0
 
 
@@ -102,24 +92,24 @@ def bad(tmp_path, name, data):
 )
 def test_bad_texts_are_one_line(folder, tmp_path, name, data, words):
     file = tmp_path / name if data is None else bad(tmp_path, name, data)
-    done = run("profile", folder, "--text", file, "--out", tmp_path / "out")
+    done = here("profile", folder, "--text", file, "--out", tmp_path / "out")
     one_line(done, words)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_requests_are_one_line(folder, text, tmp_path):
     common = ("--text", text, "--out", tmp_path / "out")
-    one_line(run("profile", folder, *common, "--metrics", "entropi"), "did you mean 'entropy'")
-    one_line(run("profile", folder, *common, "--metrics", "local_mass:width=3"), "did you mean 'widths'")
-    one_line(run("profile", folder, *common, "--tokens", "9000"), "", code=0)
+    one_line(here("profile", folder, *common, "--metrics", "entropi"), "did you mean 'entropy'")
+    one_line(here("profile", folder, *common, "--metrics", "local_mass:width=3"), "did you mean 'widths'")
+    one_line(here("profile", folder, *common, "--tokens", "9000"), "", code=0)
     long = tmp_path / "long.txt"
     long.write_text("the cat " * 400)
-    one_line(run("profile", folder, "--text", long, "--out", tmp_path / "o", "--tokens", "600"), "--tokens 256")
-    one_line(run("profile", folder, "--text", text, "--out", tmp_path / "o", "--max-memory", "0.01"), "--max-memory")
+    one_line(here("profile", folder, "--text", long, "--out", tmp_path / "o", "--tokens", "600"), "--tokens 256")
+    one_line(here("profile", folder, "--text", text, "--out", tmp_path / "o", "--max-memory", "0.01"), "--max-memory")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    one_line(run("profile", folder, "--text", text, "--out", tmp_path / "mine"), "no profile")
-    one_line(run("profile", tmp_path / "nowhere.gguf", *common), "nowhere.gguf")
+    one_line(here("profile", folder, "--text", text, "--out", tmp_path / "mine"), "no profile")
+    one_line(here("profile", tmp_path / "nowhere.gguf", *common), "nowhere.gguf")
 
 
 def one_line(done, words, code=2):
@@ -133,13 +123,13 @@ def one_line(done, words, code=2):
 
 def test_zoom_shows_and_keeps_a_window(folder, text, tmp_path):
     out, csv = tmp_path / "out", tmp_path / "w" / "window.csv"
-    kept = run("profile", folder, "--text", text, "--out", out, "--metrics", "entropy", "--keep-states", "--no-maps")
+    kept = here("profile", folder, "--text", text, "--out", out, "--metrics", "entropy", "--keep-states", "--no-maps")
     assert kept.returncode == 0, kept.stderr
     assert "keeping queries and keys of all layers: 0.00 GB" in kept.stdout
     assert sorted(p.name for p in out.parent.iterdir()) == ["out", "text.txt"], "no temporary folder stays behind"
     assert sorted(p.name for p in (out / "states").iterdir()) == [f"profile-00{n}.safetensors" for n in range(2)]
     common = ("--layer", 1, "--head", 2, "--rows", "20:30", "--keys", "5:25")
-    done = run("zoom", out, *common, "--out", csv)
+    done = here("zoom", out, *common, "--out", csv)
     assert done.returncode == 0, done.stderr
     assert "strongest pairs" in done.stdout and "█" in done.stdout
     import pandas as pd
@@ -153,24 +143,24 @@ def test_zoom_shows_and_keeps_a_window(folder, text, tmp_path):
     assert best.weight == pytest.approx(window.weights.max())
     assert f"{best.weight:.3f}" in done.stdout and repr(best.key_token) in done.stdout
     for name in ("w.npz", "w.png"):
-        assert run("zoom", out, *common, "--out", tmp_path / name).returncode == 0
+        assert here("zoom", out, *common, "--out", tmp_path / name).returncode == 0
         assert (tmp_path / name).stat().st_size > 100
     # without the states the model itself is opened, where the profile says that it was
     for file in (out / "states").iterdir():
         file.unlink()
-    assert run("zoom", out, *common).returncode == 0
+    assert here("zoom", out, *common).returncode == 0
     assert [p.name for p in (out / "states").iterdir()] == ["profile-001.safetensors"]
 
-    one_line(run("zoom", out, "--layer", 9, *common[2:]), "no layer 9; tiny has layers 0 to 1")
-    one_line(run("zoom", out, *common[:4], "--rows", "20-30", "--keys", "5:25"), "write START:STOP")
-    one_line(run("zoom", out, *common[:4], "--rows", "30:20", "--keys", "5:25"), "rows 30:20 are not in the text")
-    one_line(run("zoom", out, *common, "--out", tmp_path / "w.txt"), "--out")
-    one_line(run("zoom", tmp_path / "nothing", *common), "is no saved profile")
-    one_line(run("zoom", out, "--layer", 0, *common[2:], "--model", tmp_path / "gone"), "--model")
+    one_line(here("zoom", out, "--layer", 9, *common[2:]), "no layer 9; tiny has layers 0 to 1")
+    one_line(here("zoom", out, *common[:4], "--rows", "20-30", "--keys", "5:25"), "write START:STOP")
+    one_line(here("zoom", out, *common[:4], "--rows", "30:20", "--keys", "5:25"), "rows 30:20 are not in the text")
+    one_line(here("zoom", out, *common, "--out", tmp_path / "w.txt"), "--out")
+    one_line(here("zoom", tmp_path / "nothing", *common), "is no saved profile")
+    one_line(here("zoom", out, "--layer", 0, *common[2:], "--model", tmp_path / "gone"), "--model")
 
 
 def test_debug_shows_the_traceback(folder, tmp_path):
-    done = run("profile", folder, "--text", tmp_path / "none.txt", "--debug")
+    done = process("profile", folder, "--text", tmp_path / "none.txt", "--debug")
     assert "Traceback" in done.stderr
 
 
@@ -183,11 +173,11 @@ def test_list_and_show_need_no_torch():
     assert done.returncode == 0, done.stderr
     for entry in catalogue.entries():
         assert entry["name"] in done.stdout
-    shown = run("show", "entropy").stdout
+    shown = here("show", "entropy").stdout
     assert "H_i" in shown
     assert "Stabilizing Transformer Training" in shown
-    one_line(run("show", "entropie"), "did you mean 'entropy'")
-    one_line(run("list", "--verb", "measur"), "did you mean 'measure'")
+    one_line(here("show", "entropie"), "did you mean 'entropy'")
+    one_line(here("list", "--verb", "measur"), "did you mean 'measure'")
 
 
 def test_the_catalogue_is_fresh():

@@ -3,9 +3,6 @@
 import base64
 import gzip
 import json
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +10,7 @@ import pandas as pd
 import pytest
 
 import fabricated
+from commands import here
 from foveate.core.errors import BadInput
 from foveate.profiling import Profile
 from foveate.report import report, write
@@ -261,14 +259,7 @@ def test_the_report_is_saved_with_the_profile(profile, tmp_path):
 
 
 def run(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-c", "from foveate.cli import main; main()", "report", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "140"},
-        cwd=cwd,
-        check=False,
-    )
+    return here("report", *arguments, cwd=cwd)
 
 
 def test_the_command_draws_one_and_two(profile, tmp_path):

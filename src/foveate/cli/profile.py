@@ -241,7 +241,7 @@ def head_map(profile: Profile) -> Table:
     measured = {m: t.groupby("layer")["value"].mean() for m, t in profile.heads.groupby("metric") if m in columns}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", justify="right")
-    table.add_column("heads")
+    table.add_column("heads", no_wrap=True)
     for name in columns:
         if name in measured:
             table.add_column(columns[name][0], justify="right")
