@@ -61,7 +61,8 @@ class ObservationWindow(Policy):
         differs="average pooling, as in the widely used code; in decoding the rows since the last round vote, the "
         "paper compresses the prompt only (that is Budget(every=0)); an even kernel counts as the next odd one",
         use="when the prompt ends with the question",
-        misleads="a question that comes later finds that what it needs was dropped",
+        misleads="a question that comes later finds that what it needs was dropped; of an answer of several tokens the "
+        "window looks at the first, and those beyond the kernel are dropped",
     )
     test_params: ClassVar = ({}, {"window": 4, "kernel": 1})
 
