@@ -6,6 +6,7 @@
 `decode`: one process; the caches of all kinds are filled with the same random keys and values (time does not depend on
 what stands in them), kept entries drawn at random. Each round decodes one token with every kind in turn; ratios are
 taken inside a round, to transformers' dynamic cache, and their median and quartiles reported. `ours at 1.0` keeps all.
+Nothing is scored or dropped while decoding (every=0): what a policy adds for that is not in these figures.
 
 `prompt`: every measurement in a process of its own: seconds to the first token of a real text, bytes held after it, and
 the peak of resident memory; ratios to transformers inside a round. `--kvpress` names a Python with kvpress installed

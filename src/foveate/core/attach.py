@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -415,10 +415,9 @@ def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwarg
     # hands the embeddings on to its language model is still the same call
     if module is attached.model or kwargs.get("inputs_embeds") is None:
         attached.trail = None
-    place = list(inspect.signature(type(module).forward).parameters)
-    if "past_key_values" not in place:
+    at = place_of_cache(type(module).forward)
+    if at is None:
         return None
-    at = place.index("past_key_values") - 1
     cache = args[at] if at < len(args) else kwargs.get("past_key_values")
     if cache is not None:
         attached.meet(cache)
@@ -428,6 +427,13 @@ def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwarg
         attached.meet(cache)
         return args[:at], kwargs | {"past_key_values": cache}
     return None
+
+
+@lru_cache
+def place_of_cache(forward: Callable) -> int | None:
+    """Where a model's forward takes its cache among its arguments; None where it takes none."""
+    names = list(inspect.signature(forward).parameters)
+    return names.index("past_key_values") - 1 if "past_key_values" in names else None
 
 
 def wants_cache(attached: Attached, module: torch.nn.Module, kwargs: dict) -> bool:

@@ -48,7 +48,8 @@ class Watched:
         """The queries, which are the last before position `end`, and their mask; forgets them."""
         q, low, high = torch.cat(self.q, 2), torch.cat(self.low, 1), torch.cat(self.high, 1)
         position = torch.arange(end - q.shape[2], end, device=q.device)
-        self.__init__()  # type: ignore[misc]
+        for kept in (self.q, self.low, self.high):
+            kept.clear()
         return q, Mask(low, high, end, True, position)
 
     def rows(self, index: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,24 @@ class Run:
     reported: list[int]
 
 
+def fed(
+    model: Any, ids: Tensor, padding: Tensor | None, chunks: Sequence[int], steps: int, cache: DynamicCache
+) -> Iterator[Tensor]:
+    """Feeds ids as `run` says, and gives the logits of the last token of each call."""
+    prompt = ids.shape[1] - steps
+    mask = torch.ones_like(ids) if padding is None else torch.cat([padding, torch.ones_like(ids[:, prompt:])], 1)
+    for a, b in itertools.pairwise([0, *chunks, *range(prompt, ids.shape[1] + 1)]):
+        place = (mask[:, :b].cumsum(1) - 1).clamp_min(0)[:, a:b]
+        out = model(
+            input_ids=ids[:, a:b],
+            attention_mask=mask[:, :b],
+            position_ids=place,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        yield out.logits[:, -1]
+
+
 @torch.no_grad()
 def run(
     model: Any,
@@ -81,23 +99,12 @@ def run(
         steps: How many of the ids are decoded one by one.
         after: Called with the layers after each call.
     """
-    prompt = ids.shape[1] - steps
-    mask = torch.ones_like(ids) if padding is None else torch.cat([padding, torch.ones_like(ids[:, prompt:])], 1)
-    cuts = [0, *chunks, *range(prompt, ids.shape[1] + 1)]
     cache = DynamicCache(config=model.config)
     said, lengths, reported = [], [], []
 
     def feed() -> None:
-        for a, b in itertools.pairwise(cuts):
-            place = (mask[:, :b].cumsum(1) - 1).clamp_min(0)[:, a:b]
-            out = model(
-                input_ids=ids[:, a:b],
-                attention_mask=mask[:, :b],
-                position_ids=place,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            said.append(out.logits[:, -1])
+        for logits in fed(model, ids, padding, chunks, steps, cache):
+            said.append(logits)
             if policy is not None:
                 layers = ragged_layers(cache)
                 lengths.append([one.store.length.clone() for one in layers])
@@ -174,21 +181,11 @@ class HideDropped(Edit):
 @torch.no_grad()
 def run_masked(model: Any, ids: Tensor, padding: Tensor, chunks: Sequence[int], kept: list) -> Tensor:
     """The logits of `run` from a full cache, what `kept` has not after each call being masked."""
-    prompt, now = padding.shape[1], [0]
-    mask = torch.cat([padding, torch.ones_like(ids[:, prompt:])], 1)
-    cuts = [0, *chunks, *range(prompt, ids.shape[1] + 1)]
+    now, said = [0], []
     # without windows in the cache, so that positions count from the first token
-    cache, said = DynamicCache(), []
+    cache = DynamicCache()
     with attach(model, HideDropped((kept, now))):
-        for a, b in itertools.pairwise(cuts):
-            place = (mask[:, :b].cumsum(1) - 1).clamp_min(0)[:, a:b]
-            out = model(
-                input_ids=ids[:, a:b],
-                attention_mask=mask[:, :b],
-                position_ids=place,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            said.append(out.logits[:, -1])
+        for logits in fed(model, ids, padding, chunks, ids.shape[1] - padding.shape[1], cache):
+            said.append(logits)
             now[0] += 1
     return torch.stack(said, 1)[:, -STEPS - 1 :]
