@@ -12,83 +12,171 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from foveate.core.cache import RaggedLayer, adopt, ragged_layers
 from foveate.core.errors import BadInput, NothingObserved, NotOnInterface, NotSupported
+from foveate.core.hooks import Trail, all_configs, blocks, hooks, routers
+from foveate.core.landing import Trial, proved
 from foveate.core.mask import Mask
 from foveate.core.masking import as_mask, build_mask
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy
+from foveate.core.mechanism import (
+    Edit,
+    ExpertEdit,
+    HeadEdit,
+    Mechanism,
+    Metric,
+    ModelMetric,
+    Pattern,
+    Policy,
+    PromptEdit,
+    ResidualEdit,
+)
+from foveate.core.params import bounds_of
+from foveate.core.places import Spans, check_places
 from foveate.core.policy import compress
 from foveate.core.reductions import Match, Reduction
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
 from foveate.core.rows import attend as attend_rows
 
-__all__ = ["Attached", "attach", "attention_layers", "overheard"]
+__all__ = ["Attached", "attach", "attention_layers"]
 
 ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, Attached] = weakref.WeakKeyDictionary()
 COUNTER = itertools.count()
+ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 
 
 @contextmanager
-def attach(model: PreTrainedModel, *mechanisms: Mechanism, engine: Engine = "auto") -> Iterator[Attached]:
+def attach(
+    model: PreTrainedModel, *mechanisms: Mechanism, engine: Engine = "auto", trial: dict[str, Any] | bool = True
+) -> Iterator[Attached]:
     """Binds mechanisms to a model for the length of a `with` block.
 
-    Metrics observe, edits and patterns act, in the order in which they are given, and a KV policy says which keys stay
-    in the cache; an `attach` inside another one adds to its stack. On leaving, the model computes bit for bit what it
-    did before. A cache that a policy compressed can be used again only while something is attached.
+    Metrics observe, edits and patterns act, and a KV policy says which keys stay in the cache; an `attach` inside
+    another one adds to its stack. Whatever the order in which they are given, tilts act before edits of scores, these
+    before edits of weights, then head edits and at last edits of the residual stream; among their like, in the order
+    in which they are given. On leaving, the model computes bit for bit what it did before. A cache that a policy
+    compressed can be used again only while something is attached.
+
+    On entering, what acts is tried on a small input: each mechanism must move the output, and by what the dense
+    reference says.
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
-        mechanisms: Metrics, edits, head edits, patterns and at most one KV policy.
+        mechanisms: Metrics, edits of any kind but those of prompts, patterns and at most one KV policy.
         engine: Which way of the row engine to use.
+        trial: The small input, as arguments of the model; True makes one, False leaves the trial out.
 
     Yields:
         What is attached; `attached.results` holds what the metrics found.
 
     Raises:
         NotOnInterface: the model's attention cannot be reached; says why and what works.
-        NothingObserved: on leaving, when an edit or a pattern was given and no attention call came by.
+        NotLanded: on entering, when an edit changes nothing in a layer that it names, or nothing at all, or something
+            else than its definition says.
+        BadInput: a layer or head that the model has not; two mechanisms that contradict each other.
+        NothingObserved: on leaving, when something was to act and no call came by that it could act on.
     """
     for m in mechanisms:
-        if not isinstance(m, Metric | Edit | HeadEdit | Pattern | Policy):
-            hint = (
-                f"; run it with {type(m).__name__}(...).measure(model, tokenizer)" if isinstance(m, ModelMetric) else ""
-            )
-            raise BadInput(f"{m!r} cannot be attached: not a Metric, Edit, HeadEdit, Pattern or Policy{hint}")
+        if not isinstance(m, ATTACHABLE):
+            hint = ""
+            if isinstance(m, ModelMetric):
+                hint = f"; run it with {type(m).__name__}(...).measure(model, tokenizer)"
+            elif isinstance(m, PromptEdit):
+                hint = "; it changes a text, before there are tokens: call its .edit(text)"
+            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern or a Policy{hint}")
     outer = ACTIVE.get(model)
     with ExitStack() as stack:
+        layers = attention_layers(model) if outer is None else outer.layers
+        names_its_places(model, layers, mechanisms)
+        agree([*(outer.stacked() if outer else ()), *mechanisms])
+        if trial is not False:
+            with ExitStack() as pause:
+                if outer is not None:
+                    outer.paused = True
+                    pause.callback(setattr, outer, "paused", False)
+                proved(model, mechanisms, None if trial is True else trial, partial(tried, model, engine))
         if outer is None:
-            attached = Attached(model, engine=engine)
+            attached = Attached(model, engine=engine, layers=layers)
             stack.enter_context(bound(attached))
         else:
             attached = Attached(model, engine=outer.engine, layers=outer.layers, parent=outer)
             outer.inner.append(attached)
             stack.callback(outer.inner.remove, attached)
         attached.mechanisms = mechanisms
-        policies = [m for m in (outer or attached).stacked() if isinstance(m, Policy)]
-        if len(policies) > 1:
-            raise BadInput(f"one KV policy at a time; {len(policies)} are attached: {policies}")
         yield attached
-        landed = (outer or attached).holding
-        if attached.calls and not landed and any(isinstance(m, Policy) for m in mechanisms):
-            raise NothingObserved(
-                f"{policies[0]!r} had nothing to act on: {type(model).__name__} ran without a KV cache of its own; use "
-                "`model.generate`, or leave use_cache on"
-            )
-        if attached.calls == 0 and any(not isinstance(m, Metric) for m in mechanisms):
-            raise NothingObserved(
-                f"{', '.join(type(m).__name__ for m in mechanisms)}: no attention call of {type(model).__name__} "
-                "came by while attached, so nothing was changed; run the model inside the `with` block"
-            )
+        left(attached, outer or attached)
+
+
+def names_its_places(
+    model: PreTrainedModel, layers: dict[torch.nn.Module, Layer], mechanisms: tuple[Mechanism, ...]
+) -> None:
+    """Raises `BadInput` where a mechanism names a layer or a head that the model has not."""
+    heads = [getattr(getattr(m, "config", None), "num_attention_heads", None) for m in layers]
+    counts = [n if isinstance(n, int) else None for n in heads]
+    for m in mechanisms:
+        check_places(m, len(layers), counts, type(model).__name__)
+
+
+def agree(mechanisms: list[Mechanism]) -> None:
+    """Raises `BadInput` where two mechanisms contradict each other."""
+    for kind, one in ((Policy, "KV policy"), (Pattern, "pattern")):
+        found = [m for m in mechanisms if isinstance(m, kind)]
+        if len(found) > 1:
+            raise BadInput(f"one {one} at a time; {len(found)} are attached: {found}")
+    seen: dict[tuple, Mechanism] = {}
+    for m in mechanisms:
+        for place in sorted(m.sets(), key=str):
+            if place in seen:
+                what = " ".join(f"{name} {number}" for name, number in zip(place[::2], place[1::2], strict=True))
+                raise BadInput(
+                    f"{type(seen[place]).__name__} and {type(m).__name__} both set {what}, and contradict each other; "
+                    "leave one of them out"
+                )
+            seen[place] = m
+
+
+def left(attached: Attached, whole: Attached) -> None:
+    """Raises `NothingObserved` where something was to act and had nothing to act on."""
+    model, mechanisms = attached.model, attached.mechanisms
+    policies = [m for m in mechanisms if isinstance(m, Policy)]
+    if attached.calls and not whole.holding and policies:
+        raise NothingObserved(
+            f"{policies[0]!r} had nothing to act on: {type(model).__name__} ran without a KV cache of its own; use "
+            "`model.generate`, or leave use_cache on"
+        )
+    if attached.calls == 0 and any(not isinstance(m, Metric) for m in mechanisms):
+        raise NothingObserved(
+            f"{', '.join(type(m).__name__ for m in mechanisms)}: no attention call of {type(model).__name__} "
+            "came by while attached, so nothing was changed; run the model inside the `with` block"
+        )
+    for m in mechanisms:
+        for name in spans_of(m):
+            first = min(a for a, _ in getattr(m, name))
+            if first >= whole.longest:
+                raise NothingObserved(
+                    f"{type(m).__name__}({name}=…): token {first} was never seen; the longest text that came by while "
+                    f"attached has {whole.longest} tokens, so nothing was changed there"
+                )
+
+
+def spans_of(m: Mechanism) -> list[str]:
+    """The fields of a mechanism that name stretches of tokens."""
+    return [name for name, (_, bounds) in bounds_of(type(m)).items() if isinstance(bounds, Spans)]
+
+
+@contextmanager
+def tried(model: PreTrainedModel, engine: Engine, mechanisms: tuple[Mechanism, ...], trial: Trial) -> Iterator[None]:
+    """The model with some mechanisms attached that a trial looks at."""
+    with bound(Attached(model, mechanisms, engine, attention_layers(model), trial=trial)):
+        yield
 
 
 def attention_layers(model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
@@ -150,6 +238,10 @@ class Attached:
         last: Samples of the layer before.
         cache: Weak reference to the cache of the running call, under a KV policy.
         holding: Bytes that its layers held after their last call.
+        places: Places of the rows in their texts and which of them are real, by layer, of the running call.
+        longest: Tokens of the longest text that came by.
+        paused: Whether another attachment is being tried on the model.
+        trial: What looks at each call while this one is being tried.
     """
 
     model: PreTrainedModel
@@ -166,6 +258,20 @@ class Attached:
     last: Rows | None = None
     cache: Callable[[], Any] = field(default=lambda: None)
     holding: dict[int, int] = field(default_factory=dict)
+    places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    longest: int = 0
+    paused: bool = False
+    trial: Trial | None = None
+
+    @cached_property
+    def blocks(self) -> dict[torch.nn.Module, int]:
+        """The modules that add one layer each to the residual stream."""
+        return blocks(self.model, {m: layer.index for m, layer in self.layers.items()})
+
+    @cached_property
+    def routers(self) -> dict[torch.nn.Module, int]:
+        """The modules that choose experts."""
+        return routers(self.model, self.blocks)
 
     @property
     def results(self) -> Results:
@@ -213,6 +319,7 @@ class Attached:
         mask = as_mask(
             attention_mask, module, query.shape[2], keys, query.device, is_causal, sliding_window, layer.cross, offset
         )
+        self.note(layer, mask)
         view = partial(
             View,
             query,
@@ -226,6 +333,28 @@ class Attached:
         )
         out = self.run(view(key, value, mask)).out if cache is None else self.look_back(cache, view, key, value, mask)
         return out.transpose(1, 2).contiguous(), None
+
+    def note(self, layer: Layer, mask: Mask) -> None:
+        """Where the rows of this call stand in their texts, for what needs to know that later."""
+        stacked = list(self.stacked())
+        if any(isinstance(m, ResidualEdit) for m in stacked):
+            real = torch.ones_like(mask.rows) if mask.valid is None else mask.valid
+            self.places[layer.index] = mask.place, real
+        if not layer.cross and any(spans_of(m) for m in stacked):
+            self.longest = max(self.longest, int(mask.place.max()) + 1)
+
+    def residual_edits(self) -> Iterator[ResidualEdit]:
+        """What changes the residual stream."""
+        return (m for m in self.stacked() if isinstance(m, ResidualEdit)) if not self.paused else iter(())
+
+    def expert_edits(self) -> Iterator[ExpertEdit]:
+        """What changes the choice of experts."""
+        return (m for m in self.stacked() if isinstance(m, ExpertEdit)) if not self.paused else iter(())
+
+    def landed(self, m: Mechanism, layer: int, before: Tensor, after: Tensor) -> None:
+        """Tells a trial what a mechanism changed."""
+        if self.trial is not None:
+            self.trial.saw(m, layer, before, after)
 
     def look_back(
         self, cache: RaggedLayer, view: Callable[..., View], key: Tensor, value: Tensor, mask: Mask
@@ -263,8 +392,6 @@ class Attached:
             (a, n, m) for a, n, m in mechanisms if isinstance(m, Metric) and all(can(r, view) for r in m.needs())
         ]
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
-        if len(patterns) > 1:
-            raise BadInput(f"one pattern at a time; {len(patterns)} are attached: {patterns}")
         asked = () if policy is None or policy.limits.whole else policy.needs()
         rows = attend_rows(
             view,
@@ -277,6 +404,8 @@ class Attached:
         for _, _, m in mechanisms:
             if isinstance(m, HeadEdit):
                 rows.out = m.edit(rows, rows.out)
+        if self.trial is not None:
+            self.trial.called(view, rows.out, [m for _, _, m in mechanisms])
         if metrics:
             rows.before = self.last if self.last is not None and self.last.layer.index == view.layer.index - 1 else None
             with torch.no_grad():
@@ -356,8 +485,7 @@ def can(reduction: Reduction, view: View) -> bool:
 @contextmanager
 def bound(attached: Attached) -> Iterator[None]:
     """The model with our functions in place; everything is put back on the way out."""
-    model = attached.model
-    attached.layers = attention_layers(model)
+    model, outer = attached.model, ACTIVE.get(attached.model)
     name = f"foveate-{next(COUNTER)}"
     configs = list({id(c): c for c in all_configs(model)}.values())
     before = [c.__dict__.get("_attn_implementation_internal") for c in configs]
@@ -369,159 +497,9 @@ def bound(attached: Attached) -> Iterator[None]:
         for config, implementation in zip(configs, before, strict=True):
             stack.callback(setattr, config, "_attn_implementation_internal", implementation)
             config._attn_implementation_internal = name
-        for handle in hooks(attached):
-            stack.callback(handle.remove)
+        for take_down in hooks(attached):
+            stack.callback(take_down)
         ACTIVE[model] = attached
-        stack.callback(ACTIVE.pop, model)
+        stack.callback(partial(ACTIVE.__setitem__, model, outer) if outer else partial(ACTIVE.pop, model))
         yield
     attached.last = None
-
-
-def all_configs(model: torch.nn.Module) -> Iterator[Any]:
-    """Every configuration object that a part of the model may ask for its attention implementation."""
-
-    def below(config: Any) -> Iterator[Any]:
-        yield config
-        for key in getattr(config, "sub_configs", {}):
-            sub = getattr(config, key, None)
-            if sub is not None:
-                yield from below(sub)
-
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            yield from below(config)
-
-
-def hooks(attached: Attached) -> Iterator[Any]:
-    """Hooks that see which token ids are embedded, and which attention calls look at another sequence."""
-    model = attached.model
-    sizes = {getattr(c, "vocab_size", None) for c in all_configs(model)}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            yield module.register_forward_pre_hook(partial(model_called, attached), with_kwargs=True)
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings in sizes:
-            yield module.register_forward_pre_hook(partial(embedding_called, attached))
-    for module in attached.layers:
-        parameters = inspect.signature(type(module).forward).parameters
-        if other := [p for p in ("key_value_states", "encoder_hidden_states") if p in parameters]:
-            place = list(parameters).index(other[0]) - 1
-            hook = partial(attention_called, attached, other[0], place)
-            yield module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    # ids of an earlier call, or of another tower, are not those of this one; a model that embeds its ids itself and
-    # hands the embeddings on to its language model is still the same call
-    if module is attached.model or kwargs.get("inputs_embeds") is None:
-        attached.trail = None
-    at = place_of_cache(type(module).forward)
-    if at is None:
-        return None
-    cache = args[at] if at < len(args) else kwargs.get("past_key_values")
-    if cache is not None:
-        attached.meet(cache)
-    elif attached.policy is not None and wants_cache(attached, module, kwargs):
-        # the model would make one of its own inside, where nobody can reach it
-        cache = new_cache(module.config)
-        attached.meet(cache)
-        return args[:at], kwargs | {"past_key_values": cache}
-    return None
-
-
-@lru_cache
-def place_of_cache(forward: Callable) -> int | None:
-    """Where a model's forward takes its cache among its arguments; None where it takes none."""
-    names = list(inspect.signature(forward).parameters)
-    return names.index("past_key_values") - 1 if "past_key_values" in names else None
-
-
-def wants_cache(attached: Attached, module: torch.nn.Module, kwargs: dict) -> bool:
-    """Whether a model that was given no cache is about to make one."""
-    asked = kwargs.get("use_cache")
-    if asked is None:
-        asked = getattr(module.config.get_text_config(decoder=True), "use_cache", False)
-    return bool(asked) and any(getattr(m, "is_causal", False) for m in attached.layers)
-
-
-def new_cache(config: Any) -> Cache:
-    """The cache that a model of this configuration makes for itself."""
-    if getattr(config, "is_encoder_decoder", False):
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-    return DynamicCache(config=config)
-
-
-def embedding_called(attached: Attached, module: torch.nn.Module, args: tuple) -> None:
-    ids = args[0] if args else None
-    if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
-        attached.trail = attached.trails.setdefault(id(module), Trail())
-        attached.trail.pending = ids
-
-
-def attention_called(
-    attached: Attached, name: str, place: int, module: torch.nn.Module, args: tuple, kwargs: dict
-) -> None:
-    other = kwargs.get(name, args[place] if place < len(args) else None)
-    (attached.crossing.discard if other is None else attached.crossing.add)(module)
-
-
-@contextmanager
-def overheard(
-    attached: Attached, makers: Callable[[torch.nn.Module], bool]
-) -> Iterator[dict[torch.nn.Module, tuple[Tensor, torch.nn.Module | None]]]:
-    """What goes into each attention module, for metrics that ask how a model uses its weights.
-
-    Args:
-        attached: What is attached; its model is listened to for as long as the `with` block lasts.
-        makers: Which modules to tell as the makers of what goes in.
-
-    Yields:
-        For each attention module that was called, its hidden states and the module whose output they are, if it is
-        one of the makers.
-    """
-    found: dict[torch.nn.Module, tuple[Tensor, torch.nn.Module | None]] = {}
-    made: dict[int, tuple[Tensor, torch.nn.Module]] = {}
-
-    def entered(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(x, Tensor):
-            found[module] = x, made[x.data_ptr()][1] if x.data_ptr() in made else None
-
-    def left(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        # the tensor is kept, so that its address cannot be given to another one
-        if isinstance(output, Tensor):
-            made[output.data_ptr()] = output, module
-
-    with ExitStack() as stack:
-        for module in attached.layers:
-            stack.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
-        for module in attached.model.modules():
-            if makers(module):
-                stack.callback(module.register_forward_hook(left).remove)
-        yield found
-
-
-@dataclass
-class Trail:
-    """The token ids behind the keys of a cache: what was embedded, call after call."""
-
-    pending: Tensor | None = None
-    seen: Tensor | None = None
-
-    def of(self, view: View) -> Tensor | None:
-        """Token ids of the keys of this call, or None where they cannot be known (embeddings given, prefix tuning)."""
-        mask, ids = view.mask, self.pending
-        start = int(mask.position[0]) + mask.key_offset
-        if ids is not None and ids.shape[1] == view.queries:
-            self.pending = None
-            if start == 0:
-                self.seen = ids
-            elif self.seen is not None and len(self.seen) == len(ids) and self.seen.shape[1] >= start:
-                self.seen = torch.cat([self.seen[:, :start], ids], 1)
-            else:
-                self.seen = None
-        if self.seen is None or self.seen.shape[1] != start + view.queries:
-            return None
-        tokens = self.seen[:, mask.key_offset :]
-        # a static cache is longer than what has been written to it
-        return torch.nn.functional.pad(tokens, (0, view.keys - tokens.shape[1]), value=-3)

@@ -6,6 +6,7 @@ FoveateError
 ├── UnknownName         no mechanism, model or option of that name (with a suggestion)
 ├── NotOnInterface      the model's attention cannot be reached through transformers' interface
 ├── NothingObserved     a mechanism was attached and no attention call reached it
+├── NotLanded           an edit was tried on a model and changes nothing, or not what it says
 ├── NotSupported        this combination has no implementation; the message says which one has
 ├── TooBig              the run would not fit in the memory allowed
 └── LoadError           a model or tokenizer could not be opened
@@ -21,6 +22,7 @@ __all__ = [
     "BadParameter",
     "FoveateError",
     "LoadError",
+    "NotLanded",
     "NotOnInterface",
     "NotSupported",
     "NothingObserved",
@@ -56,6 +58,10 @@ class NotOnInterface(FoveateError):
 
 class NothingObserved(FoveateError):
     """A mechanism was attached, and no attention call reached it."""
+
+
+class NotLanded(FoveateError):
+    """An edit was tried on a small input: it changes nothing where it should, or something else than it says."""
 
 
 class NotSupported(FoveateError):

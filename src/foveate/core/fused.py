@@ -39,6 +39,8 @@ def refuses(view: View, reductions: Sequence[Reduction]) -> str:
             return f"{r} has no closed form"
     if view.softcap is not None or view.bias is not None:
         return "a soft cap or an additive bias is not a product of queries and keys"
+    if view.tilt is not None:
+        return "a tilt is no product of queries and keys"
     if view.mask.dense is not None:
         return "the mask is no interval of keys"
     if view.dropout:

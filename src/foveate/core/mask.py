@@ -198,6 +198,26 @@ class Mask:
         first = self.low.where(sees, self.keys).amin(-1)
         return first.clamp_max(max(0, self.keys - 1)).to(self.low.dtype)
 
+    @cached_property
+    def text_begin(self) -> Int[Tensor, "#batch"]:
+        """The key at which the text of each batch entry begins; negative where a sliding cache has dropped it."""
+        if self.begin is not None:
+            return self.begin.to(torch.int32)
+        if self.key_offset:
+            return torch.full((1,), -self.key_offset, dtype=torch.int32, device=self.device)
+        return self.first_key.to(torch.int32)
+
+    @cached_property
+    def place(self) -> Int[Tensor, "#batch query"]:
+        """Which token of its text each query is, from 0; negative for padding in front."""
+        return self.position.to(torch.int32)[None] - self.text_begin[:, None]
+
+    @cached_property
+    def key_place(self) -> Int[Tensor, "#batch key"]:
+        """Which token of its text each key is, from 0; negative for padding in front."""
+        at = torch.arange(self.keys, device=self.device, dtype=torch.int32)
+        return at[None] - self.text_begin[:, None]
+
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The smallest range of keys that holds all that rows start..stop see; (0, 0) when they see nothing."""
         low, high = self.low[:, start:stop], self.high[:, start:stop]

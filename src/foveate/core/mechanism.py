@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core.accumulate import Cells, Estimate
@@ -23,7 +23,22 @@ if TYPE_CHECKING:
     from foveate.core.policy import Held
     from foveate.core.rows import Layer, RowBlock, Rows, View
 
-__all__ = ["Edit", "HeadEdit", "Mechanism", "Metric", "ModelMetric", "Pattern", "Policy", "RowMetric", "Visits"]
+__all__ = [
+    "Edit",
+    "ExpertEdit",
+    "HeadEdit",
+    "Mechanism",
+    "Metric",
+    "ModelMetric",
+    "Pattern",
+    "Policy",
+    "PromptEdit",
+    "ResidualEdit",
+    "RowMetric",
+    "Stream",
+    "Tilt",
+    "Visits",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,19 @@ class Mechanism:
         if module[0] == "foveate" and len(module) > 2:
             return module[-1]
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def miniature(self) -> Mechanism:
+        """The same on a text of a dozen tokens, which `attach` tries it on: spans near the start, low thresholds."""
+        return self
+
+    def sets(self) -> frozenset[tuple]:
+        """What it puts a value of its own in the place of, whatever stood there; two that set the same contradict."""
+        return frozenset()
+
+    @property
+    def nothing(self) -> bool:
+        """Whether this is the setting at which it changes nothing."""
+        return self.identity is not None and all(getattr(self, k) == v for k, v in self.identity.items())
 
 
 class Metric(Mechanism):
@@ -112,12 +140,39 @@ class ModelMetric(Mechanism):
         raise NotImplementedError
 
 
+@dataclass(frozen=True, eq=False)
+class Tilt:
+    r"""What an edit does to scores in closed form: s'_ij = factor_i s_ij + bias_j.
+
+    The factor is on scale * q . k, before a soft cap; the bias is added after it, so that the order of edits does not
+    matter. A bias of ln c makes the weight of key j c times as large against those of the other keys.
+
+    Args:
+        factor: On the scores of each row; None: 1.
+        bias: On the score of each key; None: 0. Minus infinity takes a key out.
+        rows: The rows that the bias is for; None: all.
+    """
+
+    factor: Float[Tensor, "#batch #heads #query"] | None = None
+    bias: Float[Tensor, "#batch #heads key"] | None = None
+    rows: Bool[Tensor, "#batch query"] | None = None
+
+
 class Edit(Mechanism):
-    """Changes the rows of a running model."""
+    """Changes the rows of a running model.
+
+    Of the three methods that change something, `tilt` costs next to nothing, on any engine; `edit_scores` and `edit`
+    see whole rows. They act in this order: tilts, scores, weights; in each, the edits in the order in which they are
+    attached.
+    """
 
     def needs(self) -> tuple[Reduction, ...]:
         """Reductions of the unedited rows that the edit must know first; the engine runs a first pass for them."""
         return ()
+
+    def tilt(self, view: View) -> Tilt | None:
+        """A factor on the scores of each row and a bias on each key; None where this call is left alone."""
+        return None
 
     def edit_scores(
         self, block: RowBlock, scores: Float[Tensor, "batch heads rows keys"]
@@ -131,6 +186,11 @@ class Edit(Mechanism):
         """Weights after normalisation."""
         return weights
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether it must see whole rows: it changes scores or weights in a way that is no tilt."""
+        return type(self).edit_scores is not Edit.edit_scores or type(self).edit is not Edit.edit
+
 
 class HeadEdit(Mechanism):
     """Changes head outputs before the output projection."""
@@ -139,6 +199,47 @@ class HeadEdit(Mechanism):
         self, rows: Rows, out: Float[Tensor, "batch heads query value_dim"]
     ) -> Float[Tensor, "batch heads query value_dim"]:
         """The new head outputs."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The residual stream behind one layer, as the next layer reads it.
+
+    Args:
+        hidden: The hidden states.
+        place: Which token of its text each row is, from 0; negative for padding in front.
+        real: Which rows are no padding.
+        layer: Number of the layer that has just been added.
+    """
+
+    hidden: Float[Tensor, "batch query width"]
+    place: Int[Tensor, "#batch query"]
+    real: Bool[Tensor, "#batch query"]
+    layer: int
+
+
+class ResidualEdit(Mechanism):
+    """Changes the residual stream behind a layer."""
+
+    def edit(self, stream: Stream) -> Float[Tensor, "batch query width"]:
+        """The new hidden states."""
+        raise NotImplementedError
+
+
+class ExpertEdit(Mechanism):
+    """Changes which experts of a mixture-of-experts layer a token goes to."""
+
+    def edit(self, layer: int, logits: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
+        """The new logits of the router; the model chooses and weighs its experts from them as always."""
+        raise NotImplementedError
+
+
+class PromptEdit(Mechanism):
+    """Changes the text that a model is given. It acts before there are tokens: call `edit`, or use it in a plan."""
+
+    def edit(self, text: str) -> str:
+        """The new text."""
         raise NotImplementedError
 
 

@@ -17,6 +17,8 @@ __all__ = ["NativeResult", "attend", "available"]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 _MAX_WIDTH = 256
+# a multiple of what one register tile covers, whatever the processor
+_PANEL = 64
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -35,8 +37,8 @@ class _Call(ctypes.Structure):
         *_fields("within", POINTER(c_int32)),
         *_fields("match_query match_key", POINTER(c_void_p)),
         *_fields("match_query_stride match_key_stride", POINTER(c_int64)),
-        *_fields("sinks extra", c_void_p),
-        *_fields("extra_stride", c_int64),
+        *_fields("sinks extra tilt tilted", c_void_p),
+        *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride", c_int64),
         *_fields("scale softcap", c_double),
         *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
     )
@@ -102,6 +104,8 @@ def attend(
     key_position: Tensor,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    tilt: Tensor | None = None,
+    tilted: Tensor | None = None,
     want_out: bool = True,
     want_entropy: bool = False,
     want_distance: bool = False,
@@ -128,6 +132,8 @@ def attend(
         key_position: int32 [batch or 1, key].
         softcap: c in c * tanh(score / c).
         sinks: [heads], one more logit per head that only takes part in the normalisation.
+        tilt: [batch or 1, heads or 1, key], added to the scores after the soft cap; -inf takes a key out.
+        tilted: bool [batch or 1, query], the rows that `tilt` is for; by default all.
         want_out: Ask for the mixed values.
         want_entropy: Ask for the entropy of each row, in nats.
         want_distance: Ask for the mean distance in positions, weighted.
@@ -159,6 +165,25 @@ def attend(
         if extra.ndim != 3 or extra.shape[0] not in (1, batch) or extra.shape[1] != keys:
             raise ValueError(f"extra must be [{batch} or 1, {keys}, n], got {tuple(extra.shape)}")
         extra = _floats(extra)
+    if tilt is not None:
+        if (
+            tilt.ndim != 3
+            or tilt.shape[0] not in (1, batch)
+            or tilt.shape[1] not in (1, heads)
+            or tilt.shape[2] != keys
+        ):
+            raise ValueError(f"tilt must be [{batch} or 1, {heads} or 1, {keys}], got {tuple(tilt.shape)}")
+        # whole register tiles are read: the last one must not end outside
+        tilt = torch.nn.functional.pad(_floats(tilt), (0, -keys % _PANEL)).contiguous()
+    if tilted is not None:
+        if (
+            tilted.dtype != torch.bool
+            or tilted.ndim != 2
+            or tilted.shape[0] not in (1, batch)
+            or tilted.shape[1] != queries
+        ):
+            raise ValueError(f"tilted must be bool [{batch} or 1, {queries}], got {tuple(tilted.shape)}")
+        tilted = tilted.contiguous()
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
@@ -198,11 +223,15 @@ def attend(
         match_query_stride=(c_int64 * len(pairs))(*(_step(a) for a, _ in pairs)),
         match_key_stride=(c_int64 * len(pairs))(*(_step(b) for _, b in pairs)),
         extra_stride=0 if extra is None else _step(extra),
+        tilt_batch_stride=0 if tilt is None else _step(tilt),
+        tilt_head_stride=0 if tilt is None or tilt.shape[1] == 1 else tilt.stride(1),
+        tilted_stride=0 if tilted is None else _step(tilted),
         scale=scale,
         softcap=softcap or 0.0,
     )
     pointers = {
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
+        **{"tilt": tilt, "tilted": tilted},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
         **{"out": out, "lse": lse, "entropy": entropy, "distance": distance},
         **{"within_mass": within_mass, "match_mass": match_mass, "extra_mass": extra_mass, "column": column},

@@ -58,6 +58,8 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
         key_position=torch.arange(mask.keys, dtype=torch.int32)[None],
         softcap=view.softcap,
         sinks=view.sinks,
+        tilt=None if view.tilt is None else view.tilt.bias,
+        tilted=None if view.tilt is None else view.tilt.rows,
     )
     # what padded queries look at is no part of anybody's text: the columns must not hold it
     real = mask.valid if ColumnMass in kinds and mask.valid is not None and not bool(mask.valid.all()) else None

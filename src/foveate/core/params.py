@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from foveate.core.errors import BadParameter
@@ -19,11 +20,13 @@ class Bounds:
         low: Least number allowed.
         high: Largest number allowed.
         choices: The values allowed, in place of a range.
+        grid: Values that a search tries; the choices, where there are any.
     """
 
     low: float | None = None
     high: float | None = None
     choices: tuple[Any, ...] = ()
+    grid: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         if self.choices:
@@ -42,10 +45,29 @@ class Bounds:
             return False
         return math.isfinite(value) and self.low <= value <= self.high
 
+    def kind(self, default: Any) -> str:
+        """How an error goes on after "must be"."""
+        return "one of" if self.choices else "tuple of" if isinstance(default, tuple) else "from"
 
-def bounded(default: Any, low: float, high: float) -> Any:
-    """A dataclass field whose value (or each of whose items) lies between `low` and `high`, both included."""
-    return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high)})
+    def wrong(self, default: Any) -> Iterator[Any]:
+        """Values that must not be admitted, of each wrong kind; the common check `bounds` tries them."""
+        kinds: list[Any] = ["?", None, float("nan")]
+        if not self.choices:
+            kinds += [self.low - 1, self.high + 1, True]
+        first = default[0] if isinstance(default, tuple) and default else default
+        if isinstance(first, int) and not self.choices:
+            kinds.append(self.low + 0.5)
+        yield from kinds
+        if isinstance(default, tuple):
+            yield from ((*default, bad) for bad in kinds)
+
+
+def bounded(default: Any, low: float, high: float, grid: tuple[Any, ...] = ()) -> Any:
+    """A dataclass field whose value (or each of whose items) lies between `low` and `high`, both included.
+
+    `grid` are the values that a search tries.
+    """
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(low, high, grid=grid)})
 
 
 def choice(default: Any, *choices: Any) -> Any:
@@ -64,7 +86,7 @@ def check_bounds(mechanism: Any) -> None:
         bounds: Bounds | None = f.metadata.get("bounds")
         value = getattr(mechanism, f.name)
         if bounds is not None and not bounds.admits(value, f.default):
-            kind = "one of" if bounds.choices else "tuple of" if isinstance(f.default, tuple) else "from"
+            kind = bounds.kind(f.default)
             raise BadParameter(
                 f"{type(mechanism).__name__}({f.name}={value!r}): {f.name} must be {kind} {bounds}"
                 + (" (a whole number)" if isinstance(f.default, int) and not bounds.choices else "")

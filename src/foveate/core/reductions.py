@@ -223,7 +223,7 @@ class KeyBins(Reduction):
     def of_view(self, view: View) -> tuple[int, Int[Tensor, "#batch query"]]:
         """How far the longest text of this call has come, and the place of each row in its text."""
         mask = view.mask
-        begin = text_begin(view)[:, None]
+        begin = view.mask.text_begin[:, None]
         place = mask.position.to(torch.int32)[None] - begin
         ends = torch.maximum(place + 1, mask.high - begin)
         return int(torch.where(mask.rows, ends, 1).max()), place
@@ -233,22 +233,12 @@ class KeyBins(Reduction):
         tokens, _ = self.of_view(view)
         width = self.width(tokens)
         at = torch.arange(view.mask.keys, device=view.mask.device, dtype=torch.int32)[None]
-        bins = (at - text_begin(view)[:, None]).div(width, rounding_mode="floor")
+        bins = (at - view.mask.text_begin[:, None]).div(width, rounding_mode="floor")
         return (bins[..., None] == torch.arange(-(-tokens // width), device=bins.device)).float()
 
     def of_block(self, block: RowBlock) -> Float[Tensor, "batch heads rows columns"]:
         x = self.columns(block.view)[:, None, block.first : block.last]
         return block.weights @ x.to(block.weights.dtype)
-
-
-def text_begin(view: View) -> Int[Tensor, "#batch"]:
-    """The key at which the text of each batch entry begins; negative where a sliding cache has dropped it."""
-    mask = view.mask
-    if mask.begin is not None:
-        return mask.begin.to(torch.int32)
-    if mask.key_offset:
-        return torch.full((1,), -mask.key_offset, dtype=torch.int32, device=mask.device)
-    return mask.first_key.to(torch.int32)
 
 
 @dataclass(frozen=True)

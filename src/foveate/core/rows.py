@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from foveate.core import fused, onepass
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
+from foveate.core.mechanism import Edit, Tilt
 from foveate.core.reductions import Reduction, Sampled
 from foveate.core.rule import Rule, Softmax, lse_of
 
@@ -65,6 +66,8 @@ class View:
         softcap: c of c tanh(s / c), or None.
         sinks: Learned extra logit per head, [heads], or None.
         bias: Additive bias, [batch|1, heads|1, query, key], or None.
+        tilt: What edits do to the scores in closed form: a bias per key, on all rows or some; None: nothing. A factor
+            is in the queries.
         dropout: Probability of dropping a weight (training).
         tokens: Token ids of the keys, [batch|1, key], where known.
         projection: Weight of the output projection, [model_dim, heads * value_dim], where known.
@@ -82,6 +85,7 @@ class View:
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
     bias: Tensor | None = None
+    tilt: Tilt | None = None
     dropout: float = 0.0
     tokens: Int[Tensor, "#batch key"] | None = None
     projection: Float[Tensor, "model_dim inner"] | None = None
@@ -137,9 +141,25 @@ class View:
 
     @property
     def needs_grad(self) -> bool:
+        tilt = None if self.tilt is None else self.tilt.bias
         return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (self.q, self.k, self.v, self.sinks, self.bias)
+            t is not None and t.requires_grad for t in (self.q, self.k, self.v, self.sinks, self.bias, tilt)
         )
+
+    def inside(self, spans: tuple[tuple[int, int], ...], place: Tensor) -> Bool[Tensor, "#batch tokens"]:
+        """Which of these places lie in a span: one for all rows of the batch, or one for each.
+
+        Raises:
+            BadInput: neither one span nor as many as rows (or a divisor of that, where a batch was expanded).
+        """
+        if len(spans) > 1 and self.batch % len(spans):
+            raise BadInput(
+                f"{len(spans)} spans on a batch of {self.batch} rows: give one for all of them, or one for each"
+            )
+        edges = torch.tensor(spans, device=place.device, dtype=place.dtype)
+        if len(spans) > 1:
+            edges = edges.repeat_interleave(self.batch // len(spans), 0)
+        return (place >= edges[:, :1]) & (place < edges[:, 1:])
 
 
 @dataclass(eq=False)
@@ -185,6 +205,10 @@ class RowBlock:
         s = self.rule.score(self)
         if view.bias is not None:
             s = s + view.bias[..., self.index, :][..., self.first : self.last].to(s.dtype)
+        if view.tilt is not None and view.tilt.bias is not None:
+            tilt = view.tilt.bias[:, :, None, self.first : self.last].to(s.dtype)
+            rows = view.tilt.rows
+            s = s + (tilt if rows is None else torch.where(rows[:, None, self.index, None], tilt, tilt.new_zeros(())))
         for edit in self.edits:
             s = edit.edit_scores(self, s)
         blocked = view.mask.additive(self.index, self.first, self.last).to(s.dtype)
@@ -273,7 +297,7 @@ def attend(
         view: The attention call.
         reductions: What to compute on the way.
         rule: Scores and normalisation.
-        edits: Row edits in the order in which they act; reductions see the edited weights.
+        edits: Row edits in the order in which they act, tilts before all others; reductions see the edited weights.
         pattern: `select(view)` of a pattern: which key blocks each row block visits.
         engine: Which way; "auto" takes the cheapest that can do what is asked.
         block: Rows per block; default: as many as fit in 32 MB of weights.
@@ -286,7 +310,9 @@ def attend(
         NotSupported: the named engine cannot do what is asked; the message says why.
     """
     wanted = tuple(dict.fromkeys(reductions))
-    edits = tuple(edits)
+    given, unedited, edits = tuple(edits), view, tuple(e for e in edits if e.whole_rows)
+    view, beyond = tilted(view, given)
+    edits = (*edits, *beyond)
     plain = type(rule) is Softmax and not edits and pattern is None
     streamed = tuple(r for r in wanted if r.axis != "sample")
     if engine == "auto":
@@ -300,7 +326,7 @@ def attend(
         if reason:
             raise NotSupported(f"engine {engine!r}: {reason}; use 'blocks' or 'auto'")
 
-    stages = Stages(rule, edits, first_pass(view, edits), None if pattern is None else pattern(view), dtype)
+    stages = Stages(rule, edits, first_pass(unedited, edits), None if pattern is None else pattern(view), dtype)
     found: dict[Reduction, Tensor]
     if engine == "sdpa":
         out, found = sdpa(view), {}
@@ -315,7 +341,51 @@ def attend(
     for sample in (r for r in wanted if r.axis == "sample"):
         index = sample.rows(view).to(view.q.device)
         values[sample] = Sampled(index, sample.of_block(stages.cut(view, index)))
-    return Rows(view, out, values, engine)
+    return Rows(unedited, out, values, engine)
+
+
+def tilted(view: View, edits: Sequence[Edit]) -> tuple[View, list[Edit]]:
+    """The call with the closed forms of its edits in it.
+
+    Tilts that are for different rows are no single tilt: all but the first stay edits of scores, which come back
+    beside the call.
+    """
+    bias, rows, q = None, None, view.q
+    beyond: list[Edit] = []
+    for edit in edits:
+        tilt = edit.tilt(view)
+        if tilt is None:
+            continue
+        if tilt.factor is not None:
+            q = q * tilt.factor[..., None].to(q.dtype)
+        if tilt.bias is None:
+            continue
+        if bias is None:
+            bias, rows = tilt.bias, tilt.rows
+        elif rows is None and tilt.rows is None:
+            bias = bias + tilt.bias
+        else:
+            beyond.append(Tilted(tilt))
+    if q is view.q and bias is None:
+        return view, []
+    return replace(view, q=q, tilt=None if bias is None else Tilt(bias=bias, rows=rows)), beyond
+
+
+@dataclass(frozen=True, eq=False)
+class Tilted(Edit):
+    """A tilt beside another one that is for other rows.
+
+    Args:
+        by: The tilt.
+    """
+
+    by: Tilt
+
+    def edit_scores(self, block: RowBlock, scores: Tensor) -> Tensor:
+        bias, rows = self.by.bias, self.by.rows
+        assert bias is not None
+        bias = bias[:, :, None, block.first : block.last].to(scores.dtype)
+        return scores + (bias if rows is None else torch.where(rows[:, None, block.index, None], bias, 0.0))
 
 
 def first_pass(view: View, edits: Sequence) -> dict[Reduction, Any]:
@@ -328,6 +398,8 @@ def choose(view: View, reductions: Sequence[Reduction], plain: bool, dtype: torc
     """The cheapest way that can do what is asked."""
     if not plain or dtype is not None or view.q.dtype == torch.float64:
         return "blocks"
+    if view.tilt is not None and not REFUSALS["native"](view, reductions):
+        return "native"
     if not reductions and not REFUSALS["sdpa"](view, reductions):
         return "sdpa"
     if view.q.device.type == "cpu" and not REFUSALS["native"](view, reductions):
@@ -346,16 +418,20 @@ def sdpa_refuses(view: View, reductions: Sequence[Reduction]) -> str:
         return f"{reductions[0]} needs the rows"
     if view.softcap is not None or view.sinks is not None:
         return "soft cap and learned sinks are not in scaled_dot_product_attention"
-    if not view.mask.plain and view.queries * view.keys * view.batch > 1 << 24:
+    if (not view.mask.plain or view.tilt is not None) and view.queries * view.keys * view.batch > 1 << 24:
         return "its mask would be N x N"
+    if view.tilt is not None and (view.mask.dense is not None or view.bias is not None):
+        return "a tilt beside a mask of the model's own"
     return ""
 
 
 def sdpa(view: View) -> Float[Tensor, "batch heads query value_dim"]:
     """The framework's own attention, called as the model would have called it."""
     mask, extra = None, {}
-    if not view.mask.plain:
+    if not view.mask.plain or view.tilt is not None:
         mask = view.mask.additive(torch.arange(view.queries, device=view.q.device), 0, view.keys).to(view.q.dtype)
+    if view.tilt is not None:
+        mask = mask + by_tilt(view.tilt, view.queries).to(mask.dtype)
     if view.bias is not None:
         mask = view.bias if mask is None else view.bias + mask
         if view.mask.plain == "causal":
@@ -373,6 +449,13 @@ def sdpa(view: View) -> Float[Tensor, "batch heads query value_dim"]:
         scale=view.scale,
         **extra,
     )
+
+
+def by_tilt(tilt: Tilt, queries: int) -> Float[Tensor, "#batch #heads query key"]:
+    """The bias of a tilt as rows x keys, for a few rows."""
+    assert tilt.bias is not None
+    bias = tilt.bias[:, :, None].expand(-1, -1, queries, -1)
+    return bias if tilt.rows is None else torch.where(tilt.rows[:, None, :, None], bias, 0.0)
 
 
 REFUSALS: dict[str, Callable[[View, Sequence[Reduction]], str]] = {

@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from foveate.core.attach import attach, overheard
+from foveate.core.attach import attach
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput, NotSupported
+from foveate.core.hooks import overheard
 from foveate.core.mechanism import ModelMetric
 from foveate.core.params import bounded
 from foveate.core.results import HEAD_COLUMNS

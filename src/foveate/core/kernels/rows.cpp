@@ -34,8 +34,9 @@ struct Call {
     const int32_t *within;                    // ascending
     const int32_t *const *match_query, *const *match_key;
     const int64_t *match_query_stride, *match_key_stride;
-    const float *sinks, *extra;
-    int64_t extra_stride;
+    const float *sinks, *extra, *tilt;        // tilt: a bias on keys, rows of whole panels
+    const uint8_t *tilted;                    // the rows that the tilt is for; null: all
+    int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride;
     double scale, softcap;                    // softcap 0: none
     float *out;                               // [batch, queries, heads, values]
     float *lse, *entropy, *distance;          // [batch, heads, queries]
@@ -177,13 +178,14 @@ INLINE void multiply(vf (&acc)[M][N], const float *a, int64_t row, int64_t step,
 struct Row {
     int32_t lo, hi;       // keys that it sees
     int64_t query, head;
+    const float *tilt;    // bias on its keys in nats, or null
     int64_t here;         // its position, relative to the block's first key
     float peak;           // largest score so far
     double factor;        // weight = e * factor, once all keys were seen
 };
 
 // Scores of M rows against one panel of keys; `peak` follows the largest score per row and lane.
-template <int M, bool CUT>
+template <int M, bool CUT, bool TILT>
 void score_tile(const float *q, const float *k, int64_t width, float *s, float *peak, float cap, const Row *rows,
                 int32_t first) {
     vf acc[M][LANES] = {};
@@ -191,6 +193,11 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
     if (cap != 0)
         for (int r = 0; r < M; ++r)
             for (int c = 0; c < LANES; ++c) acc[r][c] = tanh(acc[r][c]) * cap;
+    if (TILT)
+        for (int r = 0; r < M; ++r)
+            if (rows[r].tilt)
+                for (int c = 0; c < LANES; ++c)
+                    acc[r][c] += load(rows[r].tilt + first + c * LANE) * splat(float(LOG2E));
     if (CUT)
         for (int r = 0; r < M; ++r)
             for (int c = 0; c < LANES; ++c) {
@@ -224,9 +231,10 @@ void value_tile(const float *e, const float *v, int64_t v_pitch, int64_t n, floa
         for (int c = 0; c < N; ++c) store(o + r * o_pitch + c * LANE, acc[r][c]);
 }
 
-template <bool CUT>
-constexpr decltype(&score_tile<1, CUT>) SCORE[] = {score_tile<1, CUT>, score_tile<2, CUT>, score_tile<3, CUT>,
-                                                   score_tile<4, CUT>, score_tile<5, CUT>, score_tile<6, CUT>};
+template <bool CUT, bool TILT>
+constexpr decltype(&score_tile<1, CUT, TILT>) SCORE[] = {
+    score_tile<1, CUT, TILT>, score_tile<2, CUT, TILT>, score_tile<3, CUT, TILT>,
+    score_tile<4, CUT, TILT>, score_tile<5, CUT, TILT>, score_tile<6, CUT, TILT>};
 template <int N>
 constexpr decltype(&value_tile<1, N>) VALUE_ROWS[] = {value_tile<1, N>, value_tile<2, N>, value_tile<3, N>,
                                                       value_tile<4, N>, value_tile<5, N>, value_tile<6, N>};
@@ -528,8 +536,10 @@ void Job::prepare(const Block &t, Workspace &w) const {
     for (int64_t r = 0; r < t.rows; ++r) {
         const int64_t i = (t.first + r) / share, head = t.group * share + (t.first + r) % share;
         Row row{std::max(c.lo[t.batch * c.lo_stride + i], 0),
-                int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head,
+                int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head, nullptr,
                 query_position[i] - base, -INF, 0};
+        if (c.tilt && (!c.tilted || c.tilted[t.batch * c.tilted_stride + i]))
+            row.tilt = c.tilt + t.batch * c.tilt_batch_stride + head * c.tilt_head_stride;
         if (row.lo >= row.hi) row.lo = row.hi = 0;
         if (r % ROWS == 0) w.tiles.push_back({int32_t(r), 0, INT32_MAX, 0, 0, INT32_MAX});
         Tile &tile = w.tiles.back();
@@ -599,7 +609,8 @@ void Job::attend(const Block &t, Workspace &w) {
             for (const Tile &tile : w.tiles) {
                 if (tile.any_hi <= p || tile.any_lo >= p + PANEL) continue;
                 const bool cut = tile.all_lo > p || tile.all_hi < p + PANEL;
-                (cut ? SCORE<true> : SCORE<false>)[tile.rows - 1](
+                (c.tilt ? (cut ? SCORE<true, true> : SCORE<false, true>)
+                        : (cut ? SCORE<true, false> : SCORE<false, false>))[tile.rows - 1](
                     w.q.p + tile.first * c.width, k, c.width, s + tile.first * PITCH + (p - first),
                     w.peak.p + tile.first * LANE, cap, &w.rows[tile.first], p);
             }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from foveate.core.card import BLANK, Card, Needs
 from foveate.core.errors import BadInput, BadParameter
 from foveate.core.mechanism import Edit, Mechanism, Metric
-from foveate.core.params import Bounds, bounds_of
+from foveate.core.params import bounds_of
 from foveate.core.reductions import Reduction
 from foveate.core.rows import View
 from foveate.testing import views
@@ -57,7 +56,7 @@ def still_to_write(cls: type[Mechanism]) -> list[str]:
 def bounds(m: Mechanism) -> None:
     """Values outside of the declared bounds raise `BadParameter`."""
     for name, (default, declared) in bounds_of(type(m)).items():
-        for bad in outside(default, declared) if declared else ():
+        for bad in declared.wrong(default) if declared else ():
             try:
                 with annotations_off():
                     replace(m, **{name: bad})
@@ -67,19 +66,6 @@ def bounds(m: Mechanism) -> None:
                 raise Broken(f"{name}={bad!r} raises {type(error).__name__}, not BadParameter: {error}") from error
             else:
                 raise Broken(f"{name}={bad!r} is accepted; allowed is {declared}")
-
-
-def outside(default: Any, declared: Bounds) -> Iterator[Any]:
-    """Values that the bounds must not admit, of each wrong kind."""
-    wrong: list[Any] = ["?", None, float("nan")]
-    if not declared.choices:
-        wrong += [declared.low - 1, declared.high + 1, True]
-    first = default[0] if isinstance(default, tuple) and default else default
-    if isinstance(first, int) and not declared.choices:
-        wrong.append(declared.low + 0.5)
-    yield from wrong
-    if isinstance(default, tuple):
-        yield from ((*default, bad) for bad in wrong)
 
 
 @check(Metric, Edit)

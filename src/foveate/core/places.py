@@ -1,0 +1,264 @@
+"""The places in a model and in a text that mechanisms name: layers, heads, stretches of tokens, and numbers for them.
+
+They are declared as fields, so that one piece of code checks their form, and another one, where a model is at hand,
+that the model has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from foveate.core.errors import BadInput
+from foveate.core.params import Bounds, bounds_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Head",
+    "Heads",
+    "Indices",
+    "Listed",
+    "Span",
+    "Spans",
+    "Value",
+    "Values",
+    "Vectors",
+    "check_places",
+    "each_head",
+    "each_layer",
+    "factors",
+    "heads_of",
+    "some_heads",
+    "some_indices",
+    "some_spans",
+    "values_of",
+]
+
+Head = tuple[int, int]
+Value = tuple[int, int, float]
+Span = tuple[int, int]
+
+
+class Listed(Bounds):
+    """A tuple of entries, none of them twice; what one entry is, is said by `entry` and `fits`."""
+
+    entry: ClassVar[str]
+    example: ClassVar[Any]
+    empty: ClassVar[str] = ""
+
+    def __str__(self) -> str:
+        within = f", numbers {self.low:g} to {self.high:g}" if self.low is not None else ""
+        return f"{self.entry} each{within}{f'; {self.empty}' if self.empty else ''}"
+
+    def kind(self, default: Any) -> str:
+        return "a tuple of"
+
+    def fits(self, entry: Any) -> bool:
+        """Whether this is an entry."""
+        raise NotImplementedError
+
+    def admits(self, value: Any, like: Any) -> bool:
+        if not isinstance(value, tuple) or not all(self.fits(v) for v in value):
+            return False
+        keys = [self.key(v) for v in value]
+        return len(set(keys)) == len(keys) and (bool(value) or bool(self.empty))
+
+    def key(self, entry: Any) -> Any:
+        """What may not be there twice."""
+        return entry
+
+    def wrong(self, default: Any) -> Iterator[Any]:
+        yield from ("?", None, 3, float("nan"), (self.example, "?"), (self.example, None), ((),))
+        if self.key(self.example) is not None:
+            yield (self.example, self.example)
+        if not self.empty:
+            yield ()
+
+
+def counts(*numbers: Any) -> bool:
+    """Whether all of these are whole numbers from 0."""
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(Listed):
+    """Pairs of layer and head."""
+
+    entry: ClassVar = "(layer, head)"
+    example: ClassVar = (0, 0)
+    empty: ClassVar = "() is all heads"
+
+    def fits(self, entry: Any) -> bool:
+        return isinstance(entry, tuple) and len(entry) == 2 and counts(*entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values(Listed):
+    """Triples of layer, head and a number for that head."""
+
+    entry: ClassVar = "(layer, head, number)"
+    empty: ClassVar = "() leaves all heads to the common value"
+
+    @property
+    def example(self) -> Value:
+        """The lowest number, for the first head."""
+        return (0, 0, self.low or 0.0)
+
+    def fits(self, entry: Any) -> bool:
+        if not isinstance(entry, tuple) or len(entry) != 3 or not counts(*entry[:2]):
+            return False
+        number = entry[2]
+        return isinstance(number, int | float) and not isinstance(number, bool) and self.low <= number <= self.high
+
+    def key(self, entry: Any) -> Any:
+        return entry[:2]
+
+    def wrong(self, default: Any) -> Iterator[Any]:
+        yield from super().wrong(default)
+        yield from (((0, 0, self.low - 1),), ((0, 0, self.high + 1),), ((0, -1, self.low),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors(Listed):
+    """Places with a vector each: (layer, vector), or (layer, head, vector)."""
+
+    places: int = 1
+    empty: ClassVar = ""
+
+    @property
+    def entry(self) -> str:  # type: ignore[override]
+        """What an entry is called."""
+        return "(layer, vector)" if self.places == 1 else "(layer, head, vector)"
+
+    @property
+    def example(self) -> Any:
+        """A vector of one number at the first place."""
+        return (*(0,) * self.places, (0.0,))
+
+    def fits(self, entry: Any) -> bool:
+        if not isinstance(entry, tuple) or len(entry) != self.places + 1 or not counts(*entry[:-1]):
+            return False
+        vector = entry[-1]
+        return (
+            isinstance(vector, tuple)
+            and bool(vector)
+            and all(isinstance(x, int | float) and math.isfinite(x) for x in vector)
+        )
+
+    def key(self, entry: Any) -> Any:
+        return entry[:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Indices(Listed):
+    """Whole numbers from 0: layers, experts."""
+
+    what: str = "layer"
+    empty: ClassVar = "() is all"
+    example: ClassVar = 0
+
+    @property
+    def entry(self) -> str:  # type: ignore[override]
+        """What an entry is called."""
+        return self.what
+
+    def fits(self, entry: Any) -> bool:
+        return counts(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans(Listed):
+    """Stretches of tokens, one for the whole batch or one per batch row: (first, one past the last)."""
+
+    entry: ClassVar = "(first token, one past the last)"
+    example: ClassVar = (0, 1)
+
+    def fits(self, entry: Any) -> bool:
+        return isinstance(entry, tuple) and len(entry) == 2 and counts(*entry) and entry[0] < entry[1]
+
+    def key(self, entry: Any) -> Any:
+        return None
+
+    def admits(self, value: Any, like: Any) -> bool:
+        return isinstance(value, tuple) and bool(value) and all(self.fits(v) for v in value)
+
+    def wrong(self, default: Any) -> Iterator[Any]:
+        yield from super().wrong(default)
+        yield from (((3, 3),), ((4, 2),), ((-1, 2),))
+
+
+def some_heads() -> Any:
+    """A dataclass field that names heads; all of them, unless it is given."""
+    return dataclasses.field(default=(), metadata={"bounds": Heads()})
+
+
+def some_indices(what: str = "layer") -> Any:
+    """A dataclass field that names layers (or what else is counted); all of them, unless it is given."""
+    return dataclasses.field(default=(), metadata={"bounds": Indices(what=what)})
+
+
+def some_spans(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that names a stretch of tokens, for all rows of a batch or one for each."""
+    return dataclasses.field(default=default, metadata={"bounds": Spans()})
+
+
+def values_of(low: float, high: float, grid: tuple[Any, ...] = ()) -> Any:
+    """A dataclass field with numbers for single heads, in place of the common one."""
+    return dataclasses.field(default=(), metadata={"bounds": Values(low, high, grid=grid)})
+
+
+def each_layer() -> Any:
+    """A dataclass field with a vector for some layers."""
+    return dataclasses.field(metadata={"bounds": Vectors(places=1)})
+
+
+def each_head() -> Any:
+    """A dataclass field with a vector for some heads."""
+    return dataclasses.field(metadata={"bounds": Vectors(places=2)})
+
+
+# ---------------------------------------------------------------- where a model is at hand
+
+
+def check_places(mechanism: Any, layers: int, heads: Sequence[int | None], model: str) -> None:
+    """Raises `BadInput` for the first layer or head that a mechanism names and a model has not.
+
+    Args:
+        mechanism: Its declared fields are looked at.
+        layers: How many layers the model has.
+        heads: How many heads each of its layers has; None where that is not known before it runs.
+        model: The model's name, for the message.
+    """
+    for name, (_, bounds) in bounds_of(type(mechanism)).items():
+        counts_layers = isinstance(bounds, Heads | Values | Vectors) or (
+            isinstance(bounds, Indices) and bounds.what == "layer"
+        )
+        for entry in getattr(mechanism, name) if counts_layers else ():
+            layer, *rest = entry if isinstance(entry, tuple) else (entry,)
+            where = f"{type(mechanism).__name__}({name}=…)"
+            if layer >= layers:
+                raise BadInput(f"{where}: {model} has no layer {layer}; its {layers} layers are 0 to {layers - 1}")
+            most = heads[layer] if layer < len(heads) else None
+            names_head = isinstance(bounds, Heads | Values) or getattr(bounds, "places", 1) == 2
+            if names_head and most is not None and rest[0] >= most:
+                raise BadInput(
+                    f"{where}: layer {layer} of {model} has no head {rest[0]}; its {most} heads are 0 to {most - 1}"
+                )
+
+
+def heads_of(heads: tuple[Head, ...], layer: int, count: int) -> list[int] | None:
+    """Which of a layer's `count` heads are named; None where all are, since none is named anywhere."""
+    return [head for at, head in heads if at == layer and head < count] if heads else None
+
+
+def factors(common: float, values: tuple[Value, ...], layer: int, heads: int, like: Tensor) -> Tensor:
+    """One number per head of a layer: the common one, unless a head has its own. [heads], on the device of `like`."""
+    made = like.new_full((heads,), common, dtype=like.dtype if like.dtype.is_floating_point else None)
+    for at, head, value in values:
+        if at == layer and head < heads:
+            made[head] = value
+    return made
