@@ -1,0 +1,7 @@
+"""Steering: mechanisms that change where a running model looks, or what its heads and layers give."""
+
+from foveate.core.registry import class_names, lazy
+
+__all__ = class_names("steer")  # noqa: PLE0605
+
+__getattr__ = lazy("steer")
