@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.core import fused, native, onepass
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput, BadParameter, NotSupported
 from foveate.core.mask import Mask
-from foveate.core.mechanism import Edit, Visits
+from foveate.core.mechanism import Edit, Tilt, Visits
 from foveate.core.reductions import ColumnMass, Distance, Match, OnKeys, Reduction, RowEntropy, Sample, Within
-from foveate.core.rows import REFUSALS, View, attend
+from foveate.core.rows import REFUSALS, RowBlock, View, attend
 from foveate.core.rule import Softmax
 from foveate.testing import views
 
@@ -626,3 +627,94 @@ def test_dropout_keeps_the_mean() -> None:
         many = sum(attend(replace(view, dropout=0.3), engine="blocks").out for _ in range(600)) / 600
     assert (many - plain).abs().max() < 0.25
     assert (many - plain).abs().mean() < 0.03
+
+
+# ---------------------------------------------------------------- tilts
+
+
+@dataclass(frozen=True)
+class Tilting(Edit):
+    """A random factor and bias; some keys taken out, on all rows or on every third."""
+
+    seed: int = 0
+    out: bool = False
+    thirds: bool = False
+    per_head: bool = True
+
+    def tilt(self, view: View) -> Tilt:
+        rng = torch.Generator().manual_seed(self.seed)
+        bias = torch.randn(1, view.heads if self.per_head else 1, view.keys, generator=rng)
+        if self.out:
+            bias = bias.masked_fill(bias > 0.8, -torch.inf)
+        factor = 1 + torch.rand(1, view.heads, 1, generator=rng)
+        rows = (torch.arange(view.queries) % 3 == 0)[None] if self.thirds else None
+        return Tilt(factor, bias, rows)
+
+
+@pytest.mark.parametrize("name", views.situations(without="bfloat16"))
+@pytest.mark.parametrize("edit", [Tilting(), Tilting(out=True), Tilting(thirds=True), Tilting(per_head=False)])
+def test_tilts_are_what_they_say_on_every_engine(name: str, edit: Tilting) -> None:
+    view = views.view(name)
+    tilt = edit.tilt(view)
+    assert tilt.factor is not None
+    assert tilt.bias is not None
+    # by hand: the factor is on the product of queries and keys, in front of the soft cap and of the model's own bias
+    call = replace(view, q=view.q * tilt.factor[..., None])
+    s = attend(call, [Scores()], engine="blocks", dtype=torch.float64)[Scores()]
+    bias = tilt.bias[:, :, None].double()
+    s = s + (bias if tilt.rows is None else torch.where(tilt.rows[:, None, :, None], bias, 0.0))
+    if view.sinks is None:
+        p = s.softmax(-1).nan_to_num(0.0)
+    else:
+        sink = view.sinks.double()[None, :, None, None].expand(*s.shape[:3], 1)
+        p = torch.cat([s, sink], -1).softmax(-1)[..., :-1]
+        p = torch.where((s == -torch.inf).all(-1, keepdim=True), 0.0, p)
+    want = p @ view.v.double().repeat_interleave(view.grouped, 1)
+    entropy = torch.special.entr(p).sum(-1)
+    real = view.mask.rows[:, None].expand(view.batch, view.heads, -1)
+    for engine in ("auto", "reference", "blocks", "native"):
+        if engine == "native" and REFUSALS["native"](replace(view, tilt=tilt), [RowEntropy()]):
+            continue
+        rows = attend(view, [RowEntropy()], edits=[edit], engine=engine)
+        torch.testing.assert_close(rows.out[real].double(), want[real], atol=2e-4, rtol=0)
+        torch.testing.assert_close(rows[RowEntropy()][real].double(), entropy[real], atol=1e-3, rtol=0)
+    if not REFUSALS["sdpa"](replace(view, tilt=tilt), []):
+        rows = attend(view, edits=[edit], engine="sdpa")
+        torch.testing.assert_close(rows.out[real].double(), want[real], atol=2e-4, rtol=0)
+
+
+@dataclass(frozen=True)
+class Scores(Reduction):
+    """Masked scores, whole."""
+
+    def of_block(self, block: RowBlock) -> Tensor:
+        return torch.nn.functional.pad(block.scores, (block.first, block.view.keys - block.last), value=-torch.inf)
+
+
+def test_tilts_for_different_rows_add_up() -> None:
+    view = views.view("causal")
+    a, b = Tilting(thirds=True), Tilting(seed=1)
+    got = attend(view, edits=[a, b]).out
+    tilts = [e.tilt(view) for e in (a, b)]
+    q = view.q * tilts[0].factor[..., None] * tilts[1].factor[..., None]
+    both = tilts[1].bias[:, :, None] + torch.where(tilts[0].rows[:, None, :, None], tilts[0].bias[:, :, None], 0.0)
+    want = attend(replace(view, q=q, bias=both), engine="blocks").out
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_a_tilt_takes_the_kernel_and_keeps_gradients() -> None:
+    view = views.view("long")
+    if native.available():
+        assert attend(view, edits=[Tilting()]).engine == "native"
+    bias = torch.zeros(1, 1, view.keys, requires_grad=True)
+
+    @dataclass(frozen=True)
+    class Given(Edit):
+        """A bias that is learned."""
+
+        def tilt(self, view: View) -> Tilt:
+            return Tilt(bias=bias)
+
+    attend(view, edits=[Given()]).out.square().sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.abs().max() > 0

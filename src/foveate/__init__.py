@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from foveate.core.attach import attach
     from foveate.core.budget import Budget
     from foveate.core.errors import FoveateError
+    from foveate.core.plan import Plan, apply
     from foveate.core.registry import find, make, names
+    from foveate.locating import locate
     from foveate.models import load
     from foveate.profiling import Profile, profile
     from foveate.testing import check_mechanism
@@ -29,11 +31,14 @@ __version__ = "0.1.0"
 HOMES = {
     "Budget": "foveate.core.budget",
     "FoveateError": "foveate.core.errors",
+    "Plan": "foveate.core.plan",
     "Profile": "foveate.profiling",
+    "apply": "foveate.core.plan",
     "attach": "foveate.core.attach",
     "check_mechanism": "foveate.testing",
     "find": "foveate.core.registry",
     "load": "foveate.models",
+    "locate": "foveate.locating",
     "make": "foveate.core.registry",
     "names": "foveate.core.registry",
     "profile": "foveate.profiling",
@@ -43,12 +48,15 @@ HOMES = {
 __all__ = [
     "Budget",
     "FoveateError",
+    "Plan",
     "Profile",
     "__version__",
+    "apply",
     "attach",
     "check_mechanism",
     "find",
     "load",
+    "locate",
     "make",
     "names",
     "profile",

@@ -1,9 +1,10 @@
-"""`foveate generate`: continue a text with a compressed KV cache, and say what that saves."""
+"""`foveate generate`: continue a text under a plan or with a compressed KV cache, and say what that saves."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,16 @@ from foveate.core.errors import BadInput
 
 if TYPE_CHECKING:
     from foveate.core.budget import Amount
+    from foveate.core.plan import Plan
 
 
 def command(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a folder, a .gguf file or a hub id.")],
     policy: Annotated[
         str | None, typer.Option(help="A KV policy by name, parameters as observation_window:window=16. Default: none.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan for this model, as `foveate steer` writes it. Default: none.")
     ] = None,
     keep: Annotated[str, typer.Option(help="A share (0.25), tokens per head (512) or bytes (200MB).")] = "0.25",
     text: Annotated[
@@ -40,17 +45,25 @@ def command(
     amount = budget(keep)
     named(policy)
     with screen.status(f"opening {model} …"):
+        from foveate.core.plan import Plan
         from foveate.core.registry import make
         from foveate.models import load
+
+        planned = None if plan is None else Plan.load(plan)
 
         # a policy that cannot be is told before a model is opened
         chosen: Any = None if policy is None else make(policy, "compress")
         chosen = chosen and chosen.within(amount)
         network, tokenizer = load(model)
-    ids = prompt_ids(network, tokenizer, given, prompt, tokens)
+        if planned is not None:
+            planned.check(network)
+    ids = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
     kept = f"{policy}, keeping {keep}" if policy else "the whole cache (--policy for less)"
-    screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}\n")
-    figures = generate(network, tokenizer, ids, chosen, tokens, None if as_json else sys.stdout)
+    steered = "" if planned is None else f", under {', '.join(type(m).__name__ for m in planned.mechanisms)}"
+    screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}{steered}\n")
+    out = None if as_json else sys.stdout
+    with nullcontext() if planned is None else planned.attach(network):
+        figures = generate(network, tokenizer, ids, chosen, tokens, out)
     if as_json:
         json.dump(figures, sys.stdout, indent=2)
         print()
@@ -85,7 +98,9 @@ def named(policy: str | None) -> None:
         raise unknown("KV policy", policy.partition(":")[0], known, "See `foveate list --kind Policy`.")
 
 
-def prompt_ids(model: Any, tokenizer: Any, text: str | None, prompt: str | None, tokens: int) -> Any:
+def prompt_ids(
+    model: Any, tokenizer: Any, text: str | None, prompt: str | None, tokens: int, plan: Plan | None = None
+) -> Any:
     """Token ids of what the model is to continue; a chat model is asked as its template says."""
     import torch
 
@@ -97,6 +112,7 @@ def prompt_ids(model: Any, tokenizer: Any, text: str | None, prompt: str | None,
         ids = list(Passkey(1024).samples(tokenizer, 1)[0].ids)
     else:
         content = "\n\n".join(part for part in (text, prompt) if part)
+        content = content if plan is None else plan.prompt(content)
         if getattr(tokenizer, "chat_template", None):
             turn = [{"role": "user", "content": content}]
             content = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -117,7 +133,6 @@ def prompt_ids(model: Any, tokenizer: Any, text: str | None, prompt: str | None,
 def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out: Any) -> dict[str, Any]:
     """The continuation, streamed to `out`, and its figures."""
     import time
-    from contextlib import nullcontext
 
     import torch
     from transformers import DynamicCache, TextStreamer

@@ -89,8 +89,13 @@ def only_class(module: Any) -> type[Mechanism]:
     return own[0]
 
 
-def make(spec: str, verb: str | None = None) -> Mechanism:
+def make(spec: str, verb: str | None = None, **filled: Any) -> Mechanism:
     """A mechanism from `name` or `name:param=value,param=value`, as the command line writes it.
+
+    Args:
+        spec: The name, with parameters.
+        verb: Where to look; default: everywhere.
+        filled: Parameters for what the spec leaves open.
 
     Raises:
         UnknownName: no such mechanism or parameter.
@@ -103,7 +108,7 @@ def make(spec: str, verb: str | None = None) -> Mechanism:
 
     name, _, rest = spec.partition(":")
     cls = find(name, verb)
-    given = {}
+    given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, _, text = part.partition("=")
         if key not in bounds_of(cls):
@@ -116,4 +121,4 @@ def make(spec: str, verb: str | None = None) -> Mechanism:
             given[key] = text
         if isinstance(bounds_of(cls)[key][0], tuple) and not isinstance(given[key], tuple):
             given[key] = (given[key],)
-    return cls(**given)
+    return cls(**{k: v for k, v in filled.items() if k not in given} | given)

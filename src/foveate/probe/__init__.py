@@ -1,5 +1,10 @@
 """Tasks with known answers, made on the spot from a seed."""
 
+from foveate.probe.arithmetic import Arithmetic
+from foveate.probe.coloured_objects import ColouredObjects
+from foveate.probe.factual_recall import FactualRecall
+from foveate.probe.indirect_object import IndirectObject
+from foveate.probe.instruction import Emphasised, Instruction
 from foveate.probe.key_value import KeyValue
 from foveate.probe.passkey import Passkey
 from foveate.probe.perplexity import perplexity
@@ -8,6 +13,12 @@ from foveate.probe.sample import Sample, Task
 from foveate.probe.text import default_text
 
 __all__ = [
+    "Arithmetic",
+    "ColouredObjects",
+    "Emphasised",
+    "FactualRecall",
+    "IndirectObject",
+    "Instruction",
     "KeyValue",
     "Passkey",
     "ProbeResult",

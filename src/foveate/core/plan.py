@@ -1,0 +1,242 @@
+"""Plans: what was decided about a model, saved as JSON, used again on that model only.
+
+A plan names mechanisms with their parameters, the model that they are for, and the evidence that they were chosen on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.core import registry
+from foveate.core.attach import Attached, attach
+from foveate.core.budget import Budget
+from foveate.core.errors import BadInput, NothingObserved
+from foveate.core.mechanism import Mechanism, PromptEdit
+
+__all__ = ["Applied", "Plan", "apply", "fingerprint"]
+
+FORMAT = "foveate plan 1"
+SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
+LASTING = "_foveate_applied"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Mechanisms for one model.
+
+    Args:
+        mechanisms: What acts, in order; prompt edits too.
+        model: What tells the model from others, see `fingerprint`.
+        evidence: What the mechanisms were chosen on and what they were worth, as JSON.
+    """
+
+    mechanisms: tuple[Mechanism, ...]
+    model: dict[str, Any]
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, *mechanisms: Mechanism, evidence: dict[str, Any] | None = None, name: str = "") -> Plan:
+        """A plan for this model.
+
+        Args:
+            model: The model.
+            mechanisms: Registered mechanisms, whose parameters are numbers, words and tuples of them.
+            evidence: What they were chosen on.
+            name: What the user calls the model.
+
+        Raises:
+            BadInput: a mechanism that no plan can hold.
+        """
+        for m in mechanisms:
+            written(m)
+        return cls(tuple(mechanisms), {"name": name} | fingerprint(model), evidence or {})
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan; what stood at `path` is replaced whole or not at all."""
+        path = Path(path)
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "model": self.model,
+                "mechanisms": [written(m) for m in self.mechanisms],
+                "evidence": self.evidence,
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            BadInput: there is none, or it is none.
+            UnknownName: it names a mechanism that this version has not.
+            BadParameter: it has a value outside of its bounds.
+        """
+        path = Path(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BadInput(f"no such plan: {path}; `foveate steer` writes one") from None
+        except IsADirectoryError:
+            raise BadInput(f"{path} is a folder; give the plan.json in it") from None
+        except ValueError as e:
+            raise BadInput(f"{path} is no JSON ({e}); give a plan that `foveate steer` or Plan.save wrote") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            said = found.get("format") if isinstance(found, dict) else None
+            raise BadInput(f"{path} is no {FORMAT!r} (its format is {said!r}); write it again with this version")
+        try:
+            mechanisms = tuple(read(m) for m in found["mechanisms"])
+            return cls(mechanisms, dict(found["model"]), dict(found.get("evidence", {})))
+        except (KeyError, TypeError) as e:
+            if isinstance(e, TypeError) or e.args[0] in ("mechanisms", "model", "name", "parameters"):
+                raise BadInput(f"{path}: a part of the plan is missing or of another form ({e})") from None
+            raise
+
+    def check(self, model: Any) -> None:
+        """Raises `BadInput` unless the plan is for this model."""
+        own = fingerprint(model)
+        other = [f"{k} {self.model.get(k)!r}, not {v!r}" for k, v in own.items() if self.model.get(k) != v]
+        if other:
+            raise BadInput(
+                f"this plan is for {self.model.get('name') or 'another model'} ({'; '.join(other[:3])}); "
+                "find one for this model with `foveate steer`"
+            )
+
+    def prompt(self, text: str) -> str:
+        """The text as the plan's prompt edits leave it."""
+        for m in self.mechanisms:
+            if isinstance(m, PromptEdit):
+                text = m.edit(text)
+        return text
+
+    def attach(self, model: Any, trial: dict[str, Any] | bool = True) -> AbstractContextManager[Attached]:
+        """The plan's mechanisms on its model, for the length of a `with` block; prompt edits are left to `prompt`."""
+        self.check(model)
+        return attach(model, *(m for m in self.mechanisms if not isinstance(m, PromptEdit)), trial=trial)
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What tells a model from others: its kind, its sizes, and a digest of a few of its weights.
+
+    Weights are compared as bfloat16, so that the precision in which a model was loaded makes no difference.
+    """
+    config = model.config.get_text_config()
+    sizes = {k: getattr(config, k, None) for k in SIZES}
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    digest = hashlib.sha256()
+    for p in (weights[0], weights[len(weights) // 2], weights[-1]):
+        corner = p[:16, :16].detach().to("cpu", torch.bfloat16).float()
+        digest.update(corner.numpy().tobytes())
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    return {"kind": kind} | {k: v for k, v in sizes.items() if v is not None} | {"weights": digest.hexdigest()[:16]}
+
+
+def written(m: Mechanism) -> dict[str, Any]:
+    """A mechanism as JSON."""
+    cls = type(m)
+    if registry.where().get(m.name, ("", ""))[1] != cls.__module__:
+        raise BadInput(
+            f"{cls.__name__} is no registered mechanism, so a plan cannot name it; `foveate list` shows those"
+        )
+    values = {f.name: jsonable(getattr(m, f.name), cls.__name__, f.name) for f in dataclasses.fields(m) if f.init}
+    return {"name": m.name, "parameters": values}
+
+
+def jsonable(value: Any, cls: str, name: str) -> Any:
+    """A parameter's value as JSON knows it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [jsonable(v, cls, name) for v in value]
+    if isinstance(value, Budget):
+        return {"budget": {f.name: jsonable(getattr(value, f.name), cls, f.name) for f in dataclasses.fields(value)}}
+    raise BadInput(f"{cls}({name}=…) holds a {type(value).__name__}, which a plan cannot keep; use it with `attach`")
+
+
+def read(found: dict[str, Any]) -> Mechanism:
+    """A mechanism from JSON."""
+    cls = registry.find(found["name"])
+    known = {f.name for f in dataclasses.fields(cls)}
+    given = {k: tuples(v) for k, v in found["parameters"].items()}
+    if unknown := sorted(set(given) - known):
+        raise BadInput(
+            f"the plan gives {found['name']} the parameter {unknown[0]!r}; it has {', '.join(sorted(known))}"
+        )
+    return cls(**given)
+
+
+def tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples that parameters are."""
+    if isinstance(value, list):
+        return tuple(tuples(v) for v in value)
+    if isinstance(value, dict):
+        return Budget(**{k: tuples(v) for k, v in value["budget"].items()})
+    return value
+
+
+# ---------------------------------------------------------------- for good
+
+
+@dataclass(eq=False)
+class Applied:
+    """A plan that stays on a model until it is removed.
+
+    Args:
+        plan: The plan.
+        model: The model that it is on.
+        attached: What is attached.
+        stack: What takes it off again.
+    """
+
+    plan: Plan
+    model: Any
+    attached: Attached
+    stack: ExitStack
+
+    def remove(self) -> None:
+        """Takes the plan off; the model computes bit for bit what it did before."""
+        self.model.__dict__.pop(LASTING, None)
+        # a plan may be taken off unused
+        with suppress(NothingObserved):
+            self.stack.close()
+
+
+def apply(model: Any, plan: Plan | str | Path) -> Applied:
+    """Makes a plan lasting: it acts on every call of the model until `remove` of what comes back.
+
+    Prompt edits change texts, not the model: pass your prompts through `plan.prompt`.
+
+    Args:
+        model: The model that the plan is for.
+        plan: A plan, or the file that holds one.
+
+    Raises:
+        BadInput: the plan is for another model, or this model has one already.
+        NotLanded: a mechanism of the plan changes nothing on this model.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if LASTING in model.__dict__:
+        raise BadInput(
+            f"{type(model).__name__} has a plan already; take it off with .remove() of what foveate.apply returned"
+        )
+    stack = ExitStack()
+    applied = Applied(plan, model, stack.enter_context(plan.attach(model)), stack)
+    # on the model itself, so that it lives as long as the model
+    model.__dict__[LASTING] = applied
+    return applied
