@@ -63,7 +63,7 @@ def write(title: str, claim: str, verdict: str, numbers: dict, control: dict, se
     name = Path(sys.argv[0]).stem
     result = {"title": title, "claim": claim, "verdict": verdict, "numbers": numbers, "control": control}
     result |= {"seeds": seeds, "command": f"python bench/claims/{name}.py"} | more
-    result["model"] = "SmolLM2-135M-Instruct"
+    result["model"] = result.pop("encoder", "SmolLM2-135M-Instruct")
     result["seconds"] = round(time.perf_counter() - STARTED)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -8,38 +8,24 @@ which is the same as greedy decoding giving the number.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
 from _claim import mean, share, trained, write
 
 from foveate.core.attach import attach
-from foveate.core.mechanism import HeadEdit
 from foveate.measure.retrieval_score import RetrievalScore, make_needle
+from foveate.steer import HeadScale
 
 FOUND, ASKED, LENGTH, PROMPTS, DRAWS = 0, 1, 320, 16, 4
-
-
-@dataclass(frozen=True)
-class MaskHeads(HeadEdit):
-    """Zeroes the outputs of the listed (layer, head) pairs."""
-
-    heads: tuple[tuple[int, int], ...] = ()
-
-    def edit(self, rows, out):
-        masked = [head for layer, head in self.heads if layer == rows.layer.index]
-        if not masked:
-            return out
-        out = out.clone()
-        out[:, masked] = 0
-        return out
 
 
 @torch.no_grad()
 def recall(model, prompts, heads):
     """Answers given whole, and the share of digits given, over the prompts."""
     whole, parts = 0, []
-    with attach(model, MaskHeads(tuple(heads))):
+    masked = HeadScale(1.0, heads=tuple((*head, 0.0) for head in heads))
+    with attach(model, masked) if heads else nullcontext():
         for ids, said in prompts:
             logits = model(torch.cat([ids, said], 1), logits_to_keep=said.shape[1] + 1).logits[0, :-1]
             right = logits.argmax(-1) == said[0]

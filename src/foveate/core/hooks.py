@@ -258,7 +258,12 @@ def overheard(
 
 @dataclass
 class Trail:
-    """The token ids behind the keys of a cache: what was embedded, call after call."""
+    """The token ids behind the keys of a cache: what was embedded, call after call.
+
+    Args:
+        pending: What the running call embedded, until its first attention has asked for it.
+        seen: All of them so far.
+    """
 
     pending: Tensor | None = None
     seen: Tensor | None = None

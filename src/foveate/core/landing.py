@@ -33,6 +33,7 @@ class Trial:
     Args:
         moved: How far each mechanism moved each layer, as a share of the largest number there, by its place among them.
         wrong: The first layer whose outputs are not what the reference says, with how far they are off.
+        mechanisms: What is tried.
     """
 
     moved: dict[tuple[int, int], float] = field(default_factory=dict)

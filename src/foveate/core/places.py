@@ -124,7 +124,11 @@ class Values(Listed):
 
 @dataclasses.dataclass(frozen=True)
 class Vectors(Listed):
-    """Places with a vector each: (layer, vector), or (layer, head, vector)."""
+    """Places with a vector each: (layer, vector), or (layer, head, vector).
+
+    Args:
+        places: Numbers that name a place: 1 for a layer, 2 for a head.
+    """
 
     places: int = 1
     empty: ClassVar = ""
@@ -155,7 +159,11 @@ class Vectors(Listed):
 
 @dataclasses.dataclass(frozen=True)
 class Indices(Listed):
-    """Whole numbers from 0: layers, experts."""
+    """Whole numbers from 0: layers, experts.
+
+    Args:
+        what: What is counted.
+    """
 
     what: str = "layer"
     empty: ClassVar = "() is all"

@@ -46,7 +46,7 @@ class Judge:
         examples: The examples.
         normalise: Compare choices by their log-likelihood per token.
         chat: Whether prompts go through the chat template.
-        part: The words of each prompt that spans are put on.
+        part: The words of each prompt that spans are put on: the same in all, or those of each example.
         index: Which occurrence of `part`, where there are several.
         batch: Sequences that the model reads at once.
     """
@@ -56,7 +56,7 @@ class Judge:
     examples: tuple[Example, ...]
     normalise: bool = False
     chat: bool = False
-    part: str | None = None
+    part: str | tuple[str, ...] | None = None
     index: int | None = None
     batch: int = 16
     made: dict[Any, list[Group]] = field(default_factory=dict, init=False)
@@ -103,22 +103,23 @@ class Judge:
             examples.append(dataclasses.replace(e, prompt=prompt))
         by_span: dict[Span | None, list[int]] = {}
         for n, e in enumerate(examples):
-            by_span.setdefault(self.span(e.prompt) if spanned else None, []).append(n)
+            by_span.setdefault(self.span(e.prompt, n) if spanned else None, []).append(n)
         self.made[key] = [
             (span, prepare(self.tokenizer, [examples[n] for n in at], chat=self.chat), at)
             for span, at in by_span.items()
         ]
         return self.made[key]
 
-    def span(self, prompt: str) -> Span:
-        """The tokens of a prompt that `part` stands in."""
+    def span(self, prompt: str, number: int) -> Span:
+        """The tokens of an example's prompt that its part stands in."""
         if self.part is None:
             raise BadInput("this edit acts on a span: say which words of each prompt it is for (--part TEXT)")
+        part = self.part if isinstance(self.part, str) else self.part[number]
         if not self.chat:
-            return locate(self.tokenizer, prompt, self.part, self.index)[0]
+            return locate(self.tokenizer, prompt, part, self.index)[0]
         turn = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return locate(self.tokenizer, text, self.part, self.index, add_special_tokens=False)[0]
+        return locate(self.tokenizer, text, part, self.index, add_special_tokens=False)[0]
 
 
 def joined(parts: Sequence[tuple[Scores, list[int]]], examples: tuple[Example, ...]) -> Scores:
