@@ -17,6 +17,7 @@ from foveate.core.errors import UnknownName
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, RowMetric, Visits
 from foveate.core.params import bounded, choice
+from foveate.core.places import some_indices
 from foveate.core.reductions import ColumnMass, Distance, Match, RowEntropy, Sample
 from foveate.core.registry import find
 from foveate.core.rule import Softmax
@@ -648,6 +649,30 @@ class LeavesTracesEdit(HeadEdit):
     def edit(self, rows, out):
         rows.view.projection.data.mul_(1.01)
         return out
+
+
+@breaks("trial")
+@dataclass(frozen=True)
+class OnlyWithoutWindow(Edit):
+    """Says that it acts in layer 0, and leaves layers with a sliding window alone."""
+
+    layers: tuple[int, ...] = some_indices()
+    card: ClassVar = card()
+    test_params: ClassVar = ({"layers": (0,)},)
+
+    def edit_scores(self, block, scores):
+        return scores if int(block.view.mask.low.max()) > 0 else scores / 2
+
+
+@breaks("on_models")
+@dataclass(frozen=True)
+class CountsPaddedTokens(HeadEdit):
+    """Fades the head outputs with the number of keys, padding included."""
+
+    card: ClassVar = card()
+
+    def edit(self, rows, out):
+        return out / rows.view.keys
 
 
 @breaks("full")

@@ -22,13 +22,17 @@ from foveate.testing import tiny
 
 @dataclass(frozen=True)
 class Doubled(HeadEdit):
-    """Doubles heads of some layers."""
+    """Doubles every other head of some layers."""
 
     layers: tuple[int, ...] = some_indices()
     heads: tuple[tuple[int, int], ...] = some_heads()
 
     def edit(self, rows: Any, out: Tensor) -> Tensor:
-        return 2 * out if not self.layers or rows.layer.index in self.layers else out
+        if self.layers and rows.layer.index not in self.layers:
+            return out
+        out = out.clone()
+        out[:, ::2] *= 2
+        return out
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,14 @@ class OnSpan(Edit):
 
 @dataclass(frozen=True)
 class Shifted(ResidualEdit):
-    """Adds to the stream behind some layers."""
+    """Adds to every other number of the stream behind some layers; a norm would take a constant back."""
 
     layers: tuple[int, ...] = some_indices()
     by: float = 1.0
 
     def edit(self, stream: Stream) -> Tensor:
-        return stream.hidden + self.by if stream.layer in self.layers else stream.hidden
+        odd = torch.arange(stream.hidden.shape[-1]) % 2
+        return stream.hidden + self.by * odd if stream.layer in self.layers else stream.hidden
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,16 @@ def test_what_is_not_used_by_the_model_raises() -> None:
         attach(model, Doubled()),
     ):
         pass
+
+
+def test_what_a_norm_takes_back_raises() -> None:
+    # Gemma 2 normalises what its attention gives: twice as much of all heads is as much
+    model = tiny.model("gemma2")
+    heads = foveate.find("head_scale")
+    with pytest.raises(NotLanded, match="but not the model's output"), attach(model, heads(2.0)):
+        pass
+    with attach(model, heads(1.0, heads=((0, 1, 2.0),))):
+        run(model, **tiny.inputs("gemma2"))
 
 
 def test_the_identity_needs_no_proof() -> None:
@@ -295,7 +310,7 @@ def test_the_stream_behind_a_layer_is_what_the_next_one_reads(family: str) -> No
         second = next(block for block, layer in attached.blocks.items() if layer == 1)
         second.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         run(model, **batch)
-    torch.testing.assert_close(read[0], plain[1] + 1)
+    torch.testing.assert_close(read[0], plain[1] + torch.arange(plain[1].shape[-1]) % 2)
 
 
 def test_places_of_a_stream_are_those_of_each_text() -> None:

@@ -15,7 +15,7 @@ from foveate.compress import Streaming
 from foveate.core.errors import BadInput, BadParameter, UnknownName
 from foveate.core.mechanism import HeadEdit
 from foveate.core.plan import LASTING, Plan, fingerprint
-from foveate.steer import InitialTokenScale, Reread
+from foveate.steer import Emphasis, InitialTokenScale, Knockout, Reread
 from foveate.testing import tiny
 
 
@@ -87,6 +87,21 @@ class Mine(HeadEdit):
 
     def edit(self, rows: Any, out: torch.Tensor) -> torch.Tensor:
         return out * 2
+
+
+def test_a_plan_for_words_must_be_put_on_a_prompt(model: Any, tmp_path: Path) -> None:
+    emphasis, cut = Emphasis(((0, 1),), 2.0), Knockout(((0, 1),))
+    plan = Plan.load(Plan.of(model, emphasis, cut, part="is", index=1).save(tmp_path / "plan.json"))
+    assert (plan.part, plan.index) == ("is", 1)
+    for use in (lambda: plan.attach(model), lambda: foveate.apply(model, plan)):
+        with pytest.raises(BadInput, match=r"acts on the words 'is' of each prompt: put it on yours first"):
+            use()
+    put = plan.on(((2, 4),))
+    # what was left open stays open: all rows outside of the keys
+    assert put.mechanisms == (Emphasis(((2, 4),), 2.0), Knockout(((2, 4),), rows=()))
+    given = tiny.inputs("llama")
+    with put.attach(model):
+        logits(model, given)
 
 
 def test_what_a_plan_cannot_hold(model: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from foveate.core.errors import BadInput, UnknownName
@@ -317,14 +317,14 @@ def test_parts_of_prepared_examples(tokenizer, llama):
 
 
 def test_a_tokenizer_that_merges_across_the_border():
-    words = {w: i for i, w in enumerate(["<unk>", "a", "b", "c", "ab", "bc"])}
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(words, [("b", "c"), ("a", "b")])), unk_token="<unk>"
-    )
-    prepared = prepare(merging, [Example("ab", ("c", "a"), 0)])
+    words = {w: i for i, w in enumerate(["<s>", "a", "b", "c", "ab", "bc"])}
+    inner = Tokenizer(models.BPE(words, [("b", "c"), ("a", "b")]))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    merging = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
     # "abc" is a|bc, which does not begin with the prompt's own ab
-    assert merging("abc")["input_ids"] == [words["a"], words["bc"]]
-    assert prepared.prompts == ((words["ab"],),)
+    assert merging("abc")["input_ids"] == [0, words["a"], words["bc"]]
+    prepared = prepare(merging, [Example("ab", ("c", "a"), 0)])
+    assert prepared.prompts == ((0, words["ab"]),)
     assert prepared.options == (((words["c"],), (words["a"],)),)
 
 
@@ -334,6 +334,14 @@ def test_chat(tokenizer):
     prepared = prepare(chatty, [Example("ab", (" c", " d"), 0), Example("e", answer=" f")], chat=True)
     assert [chatty.decode(p) for p in prepared.prompts] == ["<user>ab</><assistant>", "<user>e</><assistant>"]
     assert [[chatty.decode(o) for o in options] for options in prepared.options] == [["c", "d"], ["f"]]
+    # a tokenizer that begins each text with <s>, which a chat template writes itself
+    chatty.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    for chat in (False, True):
+        begun = prepare(chatty, [Example("ab", ("c", "d"), 0)], chat=chat)
+        assert (begun.prompts[0][0] == 1) is not chat
+        assert begun.options == prepared.options[:1]
     with pytest.raises(BadInput, match="has no chat template"):
         prepare(tokenizer, EXAMPLES, chat=True)
 
@@ -476,6 +484,16 @@ def test_what_cannot_be_scored(llama, tokenizer):
         score(broken, tokenizer, EXAMPLES)
 
 
+def test_probabilities_of_long_answers(tokenizer):
+    model = tiny.model("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    long = Example("p", ("a" * 200, "b"), 0)
+    found = score(model, tokenizer, [long, replace(long, answer=1)])
+    assert found.margin[1] > 710, "more than an exponential holds"
+    assert found.probability.tolist() == [0, 1]
+
+
 # Comparing
 
 
@@ -531,6 +549,11 @@ def test_all_changed_by_the_same():
     found = compare(scores([-1.0] * 10), scores([1.0] * 10))
     assert (found.difference, found.low, found.high) == (1, 1, 1)
     assert found.p == pytest.approx(2 / 2**10)
+
+
+def test_all_changed_by_the_same_but_for_rounding():
+    found = compare(scores([1.0] * 10), scores([2.0] * 9 + [np.nextafter(2.0, 3)]), what="margin")
+    assert (found.low, found.high) == pytest.approx((1, 1))
 
 
 def test_one_change_of_many():

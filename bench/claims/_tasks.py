@@ -45,6 +45,14 @@ def agnews(data: Path, count: int, seed: int) -> tuple[Example, ...]:
     )
 
 
+def bbh(data: Path, name: str, count: int, seed: int) -> tuple[Example, ...]:
+    """A task of BIG-Bench Hard; of options in brackets, the letter is the answer."""
+    file = data / f"bbh-{name}.json"
+    found = read(file, limit=count, seed=seed)
+    lettered = all(c.startswith(" (") for e in found for c in e.choices)
+    return read(file, "Q: {input}\nA: ({target}", limit=count, seed=seed) if lettered else found
+
+
 def difference(before: np.ndarray, after: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean difference of paired numbers, its 95 % bootstrap interval, and what stood before and after."""
     gap = after.astype(float) - before.astype(float)

@@ -2,7 +2,7 @@
 
     python bench/claims/circuit_reuse.py --data FOLDER
 
-Heads are found on generated prompts of indirect object identification and of coloured objects: the 24 with the largest
+Heads are found on generated prompts of indirect object identification and of coloured objects: the 16 with the largest
 estimates are resample-ablated one by one, those whose interval lies below 0 are the set of the task. Then the set of
 each task is ablated on the other one, beside as many random heads of the same layers, and on coloured objects of
 BIG-Bench Hard. The paper's wording of coloured objects ("list") is at chance on this model, so heads are found with
@@ -10,19 +10,18 @@ another wording ("sentences"), which it solves above chance.
 """
 
 from _claim import number, trained, write
-from _tasks import command, folder
+from _tasks import bbh, command, folder
 from scipy import stats
 
 from foveate.finding.ablating import Workbench, ablate, ablated_together
 from foveate.finding.judging import Judge
 from foveate.probe import ColouredObjects, IndirectObject
-from foveate.tasks import read
 
-FOUND, TESTED, COUNT, TOP = 0, 1, 40, 24
+FOUND, TESTED, COUNT, TOP = 0, 1, 32, 16
 
 
-def bench(model, tokenizer, examples):
-    return Workbench(Judge(model, tokenizer, examples, batch=20))
+def workbench(model, tokenizer, examples):
+    return Workbench(Judge(model, tokenizer, examples, batch=16))
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     makers = {"indirect object": IndirectObject(), "coloured objects": ColouredObjects(form="sentences")}
     sets, numbers, control = {}, {}, {}
     for name, make in makers.items():
-        found = ablate(bench(model, tokenizer, make.examples(COUNT, FOUND)), TOP, seed=FOUND)
+        found = ablate(workbench(model, tokenizer, make.examples(COUNT, FOUND)), TOP, seed=FOUND)
         sets[name] = found.heads
         numbers[f"{name}: heads"] = [f"L{a}H{h}" for a, h in found.heads]
         for role in ("found", "control"):
@@ -47,7 +46,7 @@ def main() -> None:
     numbers["p of so many by chance"] = number(stats.hypergeom.sf(len(shared) - 1, heads, a, b)) if a and b else 1.0
     tests = {name: make.examples(COUNT, TESTED) for name, make in makers.items()}
     tests["coloured objects, the paper's wording"] = ColouredObjects().examples(COUNT, TESTED)
-    tests["BBH coloured objects"] = read(data / "bbh-reasoning_about_colored_objects.json", limit=COUNT, seed=TESTED)
+    tests["BBH coloured objects"] = bbh(data, "reasoning_about_colored_objects", COUNT, TESTED)
     hurts = {}
     for of, on in (
         ("indirect object", "indirect object"),
@@ -58,7 +57,7 @@ def main() -> None:
     ):
         if not sets[of]:
             continue
-        told = ablated_together(bench(model, tokenizer, tests[on]), sets[of], TESTED)
+        told = ablated_together(workbench(model, tokenizer, tests[on]), sets[of], TESTED)
         for measure in ("right", "margin"):
             numbers[f"{of} heads ablated on {on}, {measure}"] = rounded(told["found"][measure])
             for n, drawn in enumerate(told["controls"]):

@@ -2,8 +2,8 @@
 
     python bench/claims/initial_token_scaling.py --data FOLDER
 
-For each data set and seed: the factor is chosen on 64 labelled training examples, first the same for all heads, then
-in a share of the heads in the order of their response (one backward pass); all are judged on 160 other examples. The
+For each data set and seed: the factor is chosen on 48 labelled training examples, first the same for all heads, then
+in a share of the heads in the order of their response (one backward pass); all are judged on 200 other examples. The
 control takes as many random heads with the same factor. Without labels: the factor with the least entropy.
 """
 
@@ -17,7 +17,7 @@ from foveate.finding.judging import Judge
 from foveate.finding.searching import search
 from foveate.steer import InitialTokenScale
 
-SEEDS, TRAIN, HELD_OUT = (0, 1, 2), 64, 160
+SEEDS, TRAIN, HELD_OUT = (0, 1), 48, 200
 
 
 def main() -> None:
@@ -32,20 +32,20 @@ def main() -> None:
         chosen = []
         for seed in SEEDS:
             if name == "SST-2":
-                training, held_out = sst2(data, "train", TRAIN, seed), sst2(data, "dev", 3 * HELD_OUT, 0)
+                training, held_out = sst2(data, "train", TRAIN, seed), sst2(data, "dev", len(SEEDS) * HELD_OUT, 0)
                 held_out = held_out[seed * HELD_OUT : (seed + 1) * HELD_OUT]
             else:
                 drawn = agnews(data, len(SEEDS) * (TRAIN + HELD_OUT), 0)
                 drawn = drawn[seed * (TRAIN + HELD_OUT) :]
                 training, held_out = drawn[:TRAIN], drawn[TRAIN : TRAIN + HELD_OUT]
             judge = Judge(model, tokenizer, training)
-            found = search(judge, InitialTokenScale(1.6), evaluations=23, objective="accuracy", seed=seed)
+            found = search(judge, InitialTokenScale(1.6), evaluations=22, objective="accuracy", seed=seed)
             uniform = max((t for t in found.tries if not t.mechanism.heads), key=lambda t: t.objective)
             by_head = max((t for t in found.tries if t.mechanism.heads), key=lambda t: t.objective)
             table = by_head.mechanism.heads
             drawn = random.Random(seed).sample(everyone, len(table))
             others = InitialTokenScale(1.0, heads=tuple((*h, table[0][2]) for h in sorted(drawn)))
-            unlabelled = search(judge, InitialTokenScale(1.6), 11, "entropy", seed, heads=False)
+            unlabelled = search(judge, InitialTokenScale(1.6), 10, "entropy", seed, heads=False)
             test = Judge(model, tokenizer, held_out)
             edits = {
                 "plain": (),

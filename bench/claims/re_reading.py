@@ -10,21 +10,20 @@ from dataclasses import replace
 
 import numpy as np
 from _claim import trained, write
-from _tasks import command, difference, folder
+from _tasks import bbh, command, difference, folder
 
 from foveate.finding.judging import Judge
 from foveate.probe import Arithmetic, ColouredObjects
 from foveate.steer import Reread
-from foveate.tasks import read
 
-SEED, COUNT = 0, 100
+SEED, COUNT = 0, 60
 FILES = ("reasoning_about_colored_objects", "hyperbaton", "sports_understanding")
 
 
 def main() -> None:
     data = folder()
     model, tokenizer = trained()
-    tasks = {f"BBH {name}": read(data / f"bbh-{name}.json", limit=COUNT, seed=SEED) for name in FILES}
+    tasks = {f"BBH {name}": bbh(data, name, COUNT, SEED) for name in FILES}
     tasks |= {
         "arithmetic": Arithmetic().examples(COUNT, SEED),
         "coloured objects": ColouredObjects().examples(COUNT, SEED),

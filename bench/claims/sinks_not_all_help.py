@@ -2,8 +2,8 @@
 
     python bench/claims/sinks_not_all_help.py --data FOLDER
 
-Sinks are calibrated (weights above 0.1 behind the first token, times 0.4) in one layer at a time, on 96 training
-examples of SST-2. The layers in which this made the right answer likelier are then calibrated together on 300 other
+Sinks are calibrated (weights above 0.1 behind the first token, times 0.4) in one layer at a time, on 64 training
+examples of SST-2. The layers in which this made the right answer likelier are then calibrated together on 200 other
 examples; the control calibrates as many random layers.
 """
 
@@ -24,7 +24,7 @@ def main() -> None:
     data = folder()
     model, tokenizer = trained()
     count = model.config.num_hidden_layers
-    training, held_out = sst2(data, "train", 96, SEED), sst2(data, "dev", 300, SEED)
+    training, held_out = sst2(data, "train", 64, SEED), sst2(data, "dev", 200, SEED)
     judge, test = Judge(model, tokenizer, training), Judge(model, tokenizer, held_out)
     before = judge.score()
     effects = {}

@@ -48,7 +48,7 @@ HEADINGS = (
 )
 VERBS = {
     "measure": "reads rows and returns a number per head or per key",
-    "steer": "changes rows or head outputs of a running model",
+    "steer": "changes where a running model looks, what its heads, layers and experts give, or the text that it reads",
     "compress": "says which keys a head keeps, or visits",
     "replace": "stands in a model as its attention",
     "select": "chooses data with what heads know",
@@ -172,13 +172,22 @@ def parameters(entry: Entry, described: dict[str, str], errors: list[tuple[str, 
         text = table(
             ["name", "default", "bounds", "meaning"],
             [
-                [f"`{p['name']}`", f"`{cell(p['default'])}`", cell(p["bounds"]), cell(described.get(p["name"], ""))]
+                [f"`{p['name']}`", default_of(p), cell(p["bounds"]), cell(described.get(p["name"], ""))]
                 for p in entry["params"]
             ],
         )
     if errors:
         text += "\n\nRaises\n\n" + "\n".join(f"- `{kind}`: {cell(why)}" for kind, why in errors)
     return text
+
+
+def default_of(param: Entry) -> str:
+    """A parameter's default as code; a dash where it must be given."""
+    default = param["default"]
+    if default is None:
+        return "–"
+    # a text may be empty, or begin with a line break
+    return f"`{cell(repr(default) if isinstance(default, str) else default)}`"
 
 
 def problems(entry: Entry, cls: type) -> str:

@@ -17,7 +17,8 @@ TOKENS = 32
 HALF = TOKENS // 2
 NEAR = 3
 LATER = 10
-DIM = 4
+# as wide as the heads of the tiny models, for edits that bring vectors along
+DIM = 8
 
 
 @dataclass(frozen=True)

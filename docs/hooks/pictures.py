@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,37 @@ import patterns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from svg import BLUE, GREEN, ORANGE, bare, drawing, shade, svg
+from svg import BLUE, GREEN, INK, ORANGE, bare, drawing, shade, svg
 
 from foveate.core.attach import attach
 from foveate.core.budget import Budget
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy
+from foveate.core.mechanism import (
+    Edit,
+    ExpertEdit,
+    HeadEdit,
+    Mechanism,
+    Metric,
+    ModelMetric,
+    Pattern,
+    Policy,
+    PromptEdit,
+    ResidualEdit,
+)
 from foveate.core.params import bounds_of
+from foveate.core.places import Heads, Indices, Values, Vectors
+from foveate.core.recording import residual_streams
 from foveate.core.rows import View, attend
 from foveate.measure._watch import Watch, seen
+from foveate.steer.expert_switch import choice_rates
 from foveate.testing import handmade, tiny
+from foveate.testing.checks.steering import for_row
 
 __all__ = ["measured", "numbers", "picture", "setting"]
 
 MEASURED = Path(__file__).parent.parent / "data" / "smollm2.csv"
 MOST_LABELS = 8
 MOST_MAPS = 4
+LONGEST = 80
 
 
 def picture(cls: type[Mechanism]) -> tuple[str, str] | None:
@@ -40,9 +58,22 @@ def picture(cls: type[Mechanism]) -> tuple[str, str] | None:
 
 def setting(cls: type[Mechanism]) -> Mechanism:
     """The mechanism with its first small setting: windows of thousands of tokens say nothing about 32."""
-    identity = cls.identity
-    small = [p for p in cls.test_params if p and p != identity]
-    return cls(**(small[0] if small else {}))
+    # what acts on prompts is shown as it stands: a prompt is short anyhow
+    made = [cls(**p) for p in cls.test_params if p or issubclass(cls, PromptEdit)]
+    small = [m for m in made if not m.nothing]
+    # a picture shows one text
+    return for_row((small or made or [cls()])[0], 0)
+
+
+def layer_of(m: Mechanism) -> int:
+    """The first layer that a mechanism names."""
+    for name, (_, bounds) in bounds_of(type(m)).items():
+        entries = getattr(m, name)
+        if isinstance(bounds, Heads | Values | Vectors) and entries:
+            return entries[0][0]
+        if isinstance(bounds, Indices) and bounds.what == "layer" and entries:
+            return entries[0]
+    return 0
 
 
 def heads_in_a_row(figure: Figure, names: Sequence[str], rows: int, bottom: float) -> np.ndarray:
@@ -150,15 +181,17 @@ def number(value: float) -> str:
 
 def spelled(m: Mechanism) -> str:
     """The constructor call, without what is left at its default."""
-    given = [f"{n}={getattr(m, n)!r}" for n, (default, _) in bounds_of(type(m)).items() if getattr(m, n) != default]
-    return f"{type(m).__name__}({', '.join(given)})"
+    given = {n: repr(getattr(m, n)) for n, (default, _) in bounds_of(type(m)).items() if getattr(m, n) != default}
+    # a vector fills pages
+    short = [f"{n}={html.escape(text, quote=False) if len(text) <= LONGEST else '…'}" for n, text in given.items()]
+    return f"{type(m).__name__}({', '.join(short)})"
 
 
 # ---------------------------------------------------------------- what acts on rows
 
 
-def weights_and_outputs(**acting: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    view = patterns.view()
+def weights_and_outputs(layer: int = 0, **acting: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    view = patterns.view(layer)
     rows = attend(view, (patterns.Weights(),), **acting)
     return rows[patterns.Weights()][0], rows.out[0]
 
@@ -180,7 +213,7 @@ def before_and_after(m: Mechanism, after: torch.Tensor) -> tuple[str, str]:
 
 
 def draw_edit(edit: Edit) -> tuple[str, str]:
-    return before_and_after(edit, weights_and_outputs(edits=(edit,))[0])
+    return before_and_after(edit, weights_and_outputs(layer_of(edit), edits=(edit,))[0])
 
 
 def draw_pattern(pattern: Pattern) -> tuple[str, str]:
@@ -188,7 +221,7 @@ def draw_pattern(pattern: Pattern) -> tuple[str, str]:
 
 
 def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
-    view: View = patterns.view()
+    view: View = patterns.view(layer_of(edit))
     rows = attend(view)
     norms = [t.float().norm(dim=-1).mean(-1)[0].numpy() for t in (rows.out, edit.edit(rows, rows.out))]
     with drawing(8.6, 1.9) as figure:
@@ -198,8 +231,88 @@ def draw_head_edit(edit: HeadEdit) -> tuple[str, str]:
             ax.bar(at + shift, norm, 0.36, color=colour, label=word)
         ax.set_xticks(at, list(patterns.patterns()))
         ax.set_ylabel("mean norm of the output")
+        ax.set_ylim(0, 1.3 * max(float(norm.max()) for norm in norms))
         ax.legend(ncols=2, loc="upper right")
         return svg(figure), f"Outputs of the seven patterns before and after <code>{spelled(edit)}</code>."
+
+
+def draw_residual_edit(edit: ResidualEdit) -> tuple[str, str]:
+    """How far each token's hidden state is moved, and what the model's later layers make of it."""
+    model, text = tiny.model("llama"), "To be, or not to be"
+    inputs = tiny.tokenizer()(text, return_tensors="pt", return_token_type_ids=False)
+    before, _ = residual_streams(model, **inputs)
+    with attach(model, edit):
+        after, _ = residual_streams(model, **inputs)
+    at = np.arange(len(text))
+    with drawing(8.6, 2.2) as figure:
+        axes = figure.subplots(1, len(before), sharey=True)
+        for ax, layer in zip(axes, before, strict=True):
+            norms = [h[0].norm(dim=-1).numpy() for h in (before[layer], after[layer] - before[layer])]
+            for shift, colour, word, norm in zip(
+                (-0.2, 0.2), (BLUE, ORANGE), ("hidden state", "its change"), norms, strict=True
+            ):
+                ax.bar(at + shift, norm, 0.36, color=colour, label=word)
+            ax.set_xticks(at, [c if c != " " else "␣" for c in text], family="monospace")
+            ax.set_title(f"behind layer {layer}")
+        axes[0].set_ylabel("norm")
+        axes[0].legend(ncols=2, loc="upper left", bbox_to_anchor=(0, 1.0))
+        axes[0].set_ylim(0, 1.3 * max(float(h[0].norm(dim=-1).max()) for h in before.values()))
+        return svg(figure), (
+            f"The residual stream of a small random model on “{text}”: its norm, and the norm of what "
+            f"<code>{spelled(edit)}</code> changes in it, layer by layer."
+        )
+
+
+def draw_expert_edit(edit: ExpertEdit) -> tuple[str, str]:
+    """Which share of the tokens goes to each expert, before and after."""
+    model, tokenizer, text = tiny.model("mixtral"), tiny.tokenizer(), SAYING
+    before = choice_rates(model, tokenizer, [text])
+    with attach(model, edit):
+        after = choice_rates(model, tokenizer, [text])
+    with drawing(8.6, 1.9) as figure:
+        axes = figure.subplots(1, len(before), sharey=True)
+        for ax, layer in zip(axes, before, strict=True):
+            at = np.arange(len(before[layer]))
+            for shift, colour, word, rates in zip(
+                (-0.2, 0.2), (BLUE, ORANGE), ("before", "after"), (before[layer], after[layer]), strict=True
+            ):
+                ax.bar(at + shift, rates.numpy(), 0.36, color=colour, label=word)
+            ax.set_xticks(at, [f"expert {n}" for n in at])
+            ax.set_title(f"layer {layer}")
+        axes[0].set(ylabel="share of the tokens", ylim=(0, 1.3))
+        axes[0].legend(ncols=2, loc="upper left")
+        return svg(figure), (
+            "A small random mixture of experts, two of which each token goes to, on a short text before and after "
+            f"<code>{spelled(edit)}</code>."
+        )
+
+
+PROMPT = "Ann has the key. Bob has the box.\nQuestion: Who has the key?"
+
+
+def draw_prompt_edit(edit: PromptEdit) -> tuple[str, str]:
+    """A prompt as it was and as it is; what the edit puts around it has another colour."""
+    made, width = edit.edit(PROMPT), 52
+    begin = made.rfind(PROMPT)
+    parts = ((made[:begin], ORANGE), (PROMPT, INK), (made[begin + len(PROMPT) :], ORANGE))
+    sides = [
+        [(line, colour) for text, colour in side for whole in text.splitlines() for line in wrapped(whole, width)]
+        for side in (((PROMPT, INK),), parts)
+    ]
+    lines = max(map(len, sides))
+    with drawing(8.6, 0.55 + 0.17 * lines) as figure:
+        for ax, word, side in zip(figure.subplots(1, 2), ("before", "after"), sides, strict=True):
+            bare(ax)
+            ax.set_title(word)
+            ax.set(xlim=(0, 1), ylim=(lines + 0.5, -0.5))
+            for n, (line, colour) in enumerate(side):
+                ax.text(0.03, n + 0.5, line, color=colour, va="center", family="monospace", fontsize=7.5)
+        return svg(figure), f"A prompt before and after <code>{spelled(edit)}</code>; what is new has another colour."
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """The lines of a paragraph; an empty one stays."""
+    return textwrap.wrap(line, width) or [""]
 
 
 SAYING = "To be, or not to be. That is 1 of 2 questions. To be, or"
@@ -235,6 +348,9 @@ DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Edit: draw_edit,
     Pattern: draw_pattern,
     HeadEdit: draw_head_edit,
+    ResidualEdit: draw_residual_edit,
+    ExpertEdit: draw_expert_edit,
+    PromptEdit: draw_prompt_edit,
     Policy: draw_policy,
 }
 

@@ -44,10 +44,13 @@ def command(
     from rich.console import Console
 
     from foveate.cli.profile import Bar
+    from foveate.cli.steer import a_file
 
     screen = Console(stderr=as_json, highlight=False)
     if top < 1 or count < 2:
         raise BadInput(f"--top {top}, --count {count}: at least 1 head and 2 examples are needed")
+    if out is not None:
+        a_file(out, "heads.json")
     with screen.status("making prompts …"):
         from foveate.finding.ablating import WAYS, Workbench, ablate, ablated_together, heads_in
 
@@ -64,9 +67,12 @@ def command(
     def bench(name: str) -> Any:
         return Workbench(Judge(network, tokenizer, tasks[name], normalise=normalise, chat=chat), to, seed)
 
-    screen.print(f"{model}: {len(tasks[task])} examples of {task}; a head is replaced by {WAYS[to]}")
+    screen.print(f"{model}: {len(tasks[task])} examples of {task}; a head is replaced by {WAYS[to]}", soft_wrap=True)
     with screen.status("estimates for all heads, from one backward pass …"):
         first = bench(task)
+        missing = sorted(set(candidates or ()) - set(first.all_heads()))
+        if missing:
+            raise BadInput(f"{heads} names layer {missing[0][0]}, head {missing[0][1]}, which {model} has not")
     with Bar(screen) as progress:
         found = ablate(first, top, candidates, seed, lambda done, of: progress("ablating", done, of))
         for n, other in enumerate(then or ()):

@@ -48,7 +48,7 @@ def command(
         with screen.status(f"{name} …"):
             found.append(examine(cls, name))
         if not as_json:
-            screen.print(line(found[-1], CHECKS[name].promise))
+            screen.print(line(found[-1], CHECKS[name].promise(cls)))
     if as_json:
         import json
 

@@ -57,7 +57,7 @@ def command(
         network, tokenizer = load(model)
         if planned is not None:
             planned.check(network)
-    ids = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
+    ids, planned = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
     kept = f"{policy}, keeping {keep}" if policy else "the whole cache (--policy for less)"
     steered = "" if planned is None else f", under {', '.join(type(m).__name__ for m in planned.mechanisms)}"
     screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}{steered}\n")
@@ -100,25 +100,29 @@ def named(policy: str | None) -> None:
 
 def prompt_ids(
     model: Any, tokenizer: Any, text: str | None, prompt: str | None, tokens: int, plan: Plan | None = None
-) -> Any:
-    """Token ids of what the model is to continue; a chat model is asked as its template says."""
+) -> tuple[Any, Plan | None]:
+    """Token ids of what the model is to continue, a chat model asked as its template says; and the plan put on it."""
     import torch
 
+    from foveate.locating import locate
     from foveate.profiling import positions
 
     if text is None and prompt is None:
         from foveate.probe import Passkey
 
         ids = list(Passkey(1024).samples(tokenizer, 1)[0].ids)
+        if plan is not None and plan.part:
+            raise BadInput(f"the plan acts on the words {plan.part!r} of a prompt; give one with --prompt or --text")
     else:
         content = "\n\n".join(part for part in (text, prompt) if part)
         content = content if plan is None else plan.prompt(content)
-        if getattr(tokenizer, "chat_template", None):
+        special = not getattr(tokenizer, "chat_template", None)
+        if not special:
             turn = [{"role": "user", "content": content}]
             content = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            ids = tokenizer(content, verbose=False)["input_ids"]
+        ids = tokenizer(content, add_special_tokens=special, verbose=False)["input_ids"]
+        if plan is not None and plan.part:
+            plan = plan.on(locate(tokenizer, content, plan.part, plan.index, add_special_tokens=special))
     limit = positions(model)
     if not ids:
         raise BadInput("there is nothing to continue; give --text FILE or --prompt TEXT")
@@ -127,7 +131,7 @@ def prompt_ids(
             f"a prompt of {len(ids):,} tokens and {tokens} more do not fit in the model's {limit:,} positions; "
             "give a shorter text or fewer --tokens"
         )
-    return torch.tensor([ids], device=model.device)
+    return torch.tensor([ids], device=model.device), plan
 
 
 def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out: Any) -> dict[str, Any]:

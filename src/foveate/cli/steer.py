@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from foveate.core.mechanism import Mechanism
+    from foveate.finding.judging import Judge
     from foveate.finding.reporting import Report
     from foveate.finding.searching import Found
     from foveate.tasks import Comparison, Example
-
-KINDS = ("Edit", "HeadEdit", "ResidualEdit", "ExpertEdit", "PromptEdit")
 
 
 def command(
@@ -55,9 +54,11 @@ def command(
 
     screen = Console(stderr=as_json, highlight=False)
     named(edit)
-    if out.is_dir():
-        raise BadInput(f"{out} is a folder; give the plan a name with --out, for instance {out}/plan.json")
+    if evaluations < 2:
+        raise BadInput(f"--evaluations {evaluations}: at least 2 are needed, one without the edit and one with it")
+    a_file(out, "plan.json")
     with screen.status("reading examples …"):
+        from foveate.core.places import spans_of
         from foveate.finding.searching import OBJECTIVES
         from foveate.tasks import split
 
@@ -66,7 +67,9 @@ def command(
         examples = given(task, template, columns, labels, limit, seed)
         training, held_out = split(examples, train, seed)
         mechanism = first_setting(edit)
-        others = another(second, seed)
+        spanned = bool(spans_of(mechanism))
+        says_where(type(mechanism).__name__, spanned, part, index)
+        others = () if spanned else another(second, seed)
     with screen.status(f"opening {model} …"):
         from foveate.core.plan import Plan
         from foveate.finding.judging import Judge
@@ -77,13 +80,19 @@ def command(
 
         network, tokenizer = load(model)
     options: dict[str, Any] = {"normalise": normalise, "chat": chat, "part": part, "index": index}
+    judges = [Judge(network, tokenizer, e, **options) for e in (training, held_out)]
+    # where the words of a span are, only the first task says
+    unrelated = Judge(network, tokenizer, others, normalise=normalise) if others else None
+    with screen.status("preparing examples …"):
+        made_ready([*judges, *([unrelated] if unrelated else [])], mechanism, spanned)
     screen.print(
         f"{model}: {type(mechanism).__name__} on {len(training)} examples, judged on {len(held_out)} others; at most "
-        f"{evaluations} evaluations"
+        f"{evaluations} evaluations",
+        soft_wrap=True,
     )
     with Bar(screen) as progress:
         found = search(
-            Judge(network, tokenizer, training, **options),
+            judges[0],
             mechanism,
             evaluations,
             objective,
@@ -93,9 +102,9 @@ def command(
         )
     with screen.status("judging …") as status:
         judged = report(
-            Judge(network, tokenizer, held_out, **options),
+            judges[1],
             [found.mechanism],
-            Judge(network, tokenizer, others, normalise=normalise),
+            unrelated,
             default_text(),
             seed=seed,
             progress=lambda what: status.update(f"{what} …"),
@@ -110,22 +119,57 @@ def command(
         "tries": [{"what": t.what, "objective": t.objective, "best": t.kept} for t in found.tries],
         "held_out": judged.to_json(),
     }
-    plan = Plan.of(network, found.mechanism, evidence=evidence, name=Path(model).name)
+    # of an edit without spans neither is given
+    name, words = Path(model).name, part or ""
+    plan = Plan.of(network, found.mechanism, evidence=evidence, name=name, part=words, index=index)
     plan.save(out)
     if as_json:
         sys.stdout.write(out.read_text(encoding="utf-8"))
         return
     show(screen, found, judged, objective)
-    screen.print(f"\nwritten: {out}; use it with `foveate generate {model} --plan {out}`", soft_wrap=True)
+    hint = f", whose --prompt holds {part!r}" if spanned else ""
+    screen.print(f"\nwritten: {out}; use it with `foveate generate {model} --plan {out}`{hint}", soft_wrap=True)
 
 
 def named(edit: str) -> None:
     """A misspelt edit, or a mechanism that is none, is told before anything is opened."""
-    from foveate.catalogue import entries
+    from foveate.core.registry import names, where
 
-    known = {e["name"] for e in entries() if e["kind"] in KINDS}
-    if edit.partition(":")[0] not in known:
-        raise unknown("edit", edit.partition(":")[0], known, "See `foveate list --verb steer`.")
+    name = edit.partition(":")[0]
+    if name in where() and where()[name][0] != "steer":
+        raise BadInput(
+            f"{name} is no edit but a mechanism to {where()[name][0]} with; `foveate list --verb steer` shows the edits"
+        )
+    if name not in where():
+        raise unknown("edit", name, names("steer"), "See `foveate list --verb steer`.")
+
+
+def a_file(out: Path, name: str) -> None:
+    """Where nothing can be written is told before hours of work."""
+    if out.is_dir():
+        raise BadInput(f"{out} is a folder; give the file a name with --out, for instance {out / name}")
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise BadInput(f"--out {out}: {above} is a file, not a folder")
+
+
+def says_where(edit: str, spanned: bool, part: str | None, index: int | None) -> None:
+    """An edit of a span needs words to find, any other has no use for them."""
+    if spanned and not part:
+        raise BadInput(f"{edit} acts on a span: say which words of each prompt it is for, with --part TEXT")
+    for option, value in (("--part", part), ("--index", index)):
+        if not spanned and value is not None:
+            raise BadInput(f"{option} {value}: {edit} acts on no span of a prompt; leave it out")
+
+
+def made_ready(judges: list[Judge], mechanism: Mechanism, spanned: bool) -> None:
+    """All prompts as tokens, with their spans; one that cannot be used is told before the search, not behind it."""
+    from foveate.core.mechanism import PromptEdit
+
+    for judge in judges:
+        judge.groups((), spanned)
+        if isinstance(mechanism, PromptEdit):
+            judge.groups((mechanism,), spanned)
 
 
 def given(
@@ -153,19 +197,23 @@ def first_setting(edit: str) -> Mechanism:
     import dataclasses
 
     from foveate.core.params import bounds_of
-    from foveate.core.places import Spans
+    from foveate.core.places import Experts, Spans, Vectors
     from foveate.core.registry import find, make
 
     cls = find(edit.partition(":")[0], "steer")
     needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.init}
     spans = {n for n, (_, bounds) in bounds_of(cls).items() if isinstance(bounds, Spans)}
-    if needed - spans:
+    made = None if needed - spans else make(edit, "steer", **dict.fromkeys(needed, ((0, 1),)))
+    if made is None or made.nothing:
+        # what may be empty, and does nothing then
+        needed |= {n for n, (_, bounds) in bounds_of(cls).items() if isinstance(bounds, Vectors | Experts)}
+    if needed - spans or made is None:
         hint = f"make it in Python with {cls.__name__}.fit(…)" if hasattr(cls, "fit") else "make it in Python"
         raise BadInput(
             f"{cls.__name__} needs {', '.join(sorted(needed - spans))}, which no search over a grid can find; "
             f"{hint} and save it with foveate.Plan.of(model, …).save(…)"
         )
-    return make(edit, "steer", **dict.fromkeys(needed, ((0, 1),)))
+    return made
 
 
 def another(second: Path | None, seed: int) -> tuple[Example, ...]:
@@ -190,7 +238,7 @@ def show(screen: Console, found: Found, judged: Report, objective: str) -> None:
             f"[dim]{objective} on the training examples: {found.plain:.3f} without it, {found.objective:.3f} with it[/]"
         )
     if not found.helps:
-        screen.print("[yellow]It is worse than no edit on the examples that it was searched on.[/]")
+        screen.print("[yellow]It is no better than no edit on the examples that it was searched on.[/]")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("held out", "before", "after", "difference (95 % interval)", "p"):
         table.add_column(column, justify="left" if column == "held out" else "right")
@@ -228,13 +276,15 @@ def show(screen: Console, found: Found, judged: Report, objective: str) -> None:
 
 
 def brief(m: Mechanism) -> str:
-    """The mechanism, with long lists counted instead of written."""
+    """The mechanism, with long lists counted instead of written; its spans differ from prompt to prompt."""
     import dataclasses
+
+    from foveate.core.places import spans_of
 
     parts = []
     for f in dataclasses.fields(m):
         value = getattr(m, f.name)
-        if value == f.default:
+        if value == f.default or f.name in spans_of(m):
             continue
         long = isinstance(value, tuple) and len(value) > 4
         parts.append(f"{f.name}=<{len(value)} entries>" if long else f"{f.name}={value!r}")

@@ -37,8 +37,7 @@ from foveate.core.mechanism import (
     PromptEdit,
     ResidualEdit,
 )
-from foveate.core.params import bounds_of
-from foveate.core.places import Spans, check_places
+from foveate.core.places import check_places, spans_of
 from foveate.core.policy import compress
 from foveate.core.reductions import Match, Reduction
 from foveate.core.results import Results, collect
@@ -96,6 +95,7 @@ def attach(
     with ExitStack() as stack:
         layers = attention_layers(model) if outer is None else outer.layers
         names_its_places(model, layers, mechanisms)
+        has_its_parts(model, layers, mechanisms)
         agree([*(outer.stacked() if outer else ()), *mechanisms])
         if trial is not False:
             with ExitStack() as pause:
@@ -123,6 +123,24 @@ def names_its_places(
     counts = [n if isinstance(n, int) else None for n in heads]
     for m in mechanisms:
         check_places(m, len(layers), counts, type(model).__name__)
+
+
+def has_its_parts(
+    model: PreTrainedModel, layers: dict[torch.nn.Module, Layer], mechanisms: tuple[Mechanism, ...]
+) -> None:
+    """Raises `NotSupported` where a mechanism acts on something that the model has not."""
+    streams: dict[torch.nn.Module, int] | None = None
+    for m in mechanisms:
+        if isinstance(m, ResidualEdit | ExpertEdit):
+            if streams is None:
+                streams = blocks(model, {module: layer.index for module, layer in layers.items()})
+            if not streams:
+                raise NotSupported(
+                    f"{type(model).__name__} has no residual stream that can be reached: it keeps its layers in no "
+                    "list of modules"
+                )
+            if isinstance(m, ExpertEdit) and not routers(model, streams):
+                raise NotSupported(f"{type(model).__name__} has no experts to choose from: it is no mixture of experts")
 
 
 def agree(mechanisms: list[Mechanism]) -> None:
@@ -159,17 +177,12 @@ def left(attached: Attached, whole: Attached) -> None:
         )
     for m in mechanisms:
         for name in spans_of(m):
-            first = min(a for a, _ in getattr(m, name))
-            if first >= whole.longest:
+            first = min((a for a, _ in getattr(m, name)), default=0)
+            if first > 0 and first >= whole.longest:
                 raise NothingObserved(
                     f"{type(m).__name__}({name}=…): token {first} was never seen; the longest text that came by while "
                     f"attached has {whole.longest} tokens, so nothing was changed there"
                 )
-
-
-def spans_of(m: Mechanism) -> list[str]:
-    """The fields of a mechanism that name stretches of tokens."""
-    return [name for name, (_, bounds) in bounds_of(type(m)).items() if isinstance(bounds, Spans)]
 
 
 @contextmanager

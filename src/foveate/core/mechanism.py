@@ -15,6 +15,7 @@ from foveate.core.accumulate import Cells, Estimate
 from foveate.core.budget import Amount, Budget
 from foveate.core.card import Card
 from foveate.core.params import check_bounds
+from foveate.core.places import within
 from foveate.core.reductions import Reduction
 
 if TYPE_CHECKING:
@@ -217,6 +218,10 @@ class Stream:
     place: Int[Tensor, "#batch query"]
     real: Bool[Tensor, "#batch query"]
     layer: int
+
+    def inside(self, spans: tuple[tuple[int, int], ...]) -> Bool[Tensor, "#batch query"]:
+        """Which rows lie in a span: one for all rows of the batch, or one for each."""
+        return within(spans, self.place, len(self.hidden))
 
 
 class ResidualEdit(Mechanism):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Experts",
     "Head",
     "Heads",
     "Indices",
@@ -32,10 +33,14 @@ __all__ = [
     "each_layer",
     "factors",
     "heads_of",
+    "placed",
+    "some_experts",
     "some_heads",
     "some_indices",
     "some_spans",
+    "spans_of",
     "values_of",
+    "within",
 ]
 
 Head = tuple[int, int]
@@ -180,10 +185,20 @@ class Indices(Listed):
 
 @dataclasses.dataclass(frozen=True)
 class Spans(Listed):
-    """Stretches of tokens, one for the whole batch or one per batch row: (first, one past the last)."""
+    """Stretches of tokens, one for the whole batch or one per batch row: (first, one past the last).
 
+    Args:
+        none: What it means to give no span; "": one must be given.
+    """
+
+    none: str = ""
     entry: ClassVar = "(first token, one past the last)"
     example: ClassVar = (0, 1)
+
+    @property
+    def empty(self) -> str:  # type: ignore[override]
+        """What () means."""
+        return self.none and f"() is {self.none}"
 
     def fits(self, entry: Any) -> bool:
         return isinstance(entry, tuple) and len(entry) == 2 and counts(*entry) and entry[0] < entry[1]
@@ -192,11 +207,23 @@ class Spans(Listed):
         return None
 
     def admits(self, value: Any, like: Any) -> bool:
-        return isinstance(value, tuple) and bool(value) and all(self.fits(v) for v in value)
+        return isinstance(value, tuple) and (bool(value) or bool(self.none)) and all(self.fits(v) for v in value)
 
     def wrong(self, default: Any) -> Iterator[Any]:
         yield from super().wrong(default)
         yield from (((3, 3),), ((4, 2),), ((-1, 2),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Listed):
+    """Pairs of layer and expert."""
+
+    entry: ClassVar = "(layer, expert)"
+    example: ClassVar = (0, 0)
+    empty: ClassVar = "() is none"
+
+    def fits(self, entry: Any) -> bool:
+        return isinstance(entry, tuple) and len(entry) == 2 and counts(*entry)
 
 
 def some_heads() -> Any:
@@ -209,9 +236,18 @@ def some_indices(what: str = "layer") -> Any:
     return dataclasses.field(default=(), metadata={"bounds": Indices(what=what)})
 
 
-def some_spans(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that names a stretch of tokens, for all rows of a batch or one for each."""
-    return dataclasses.field(default=default, metadata={"bounds": Spans()})
+def some_experts() -> Any:
+    """A dataclass field that names experts; none, unless it is given."""
+    return dataclasses.field(default=(), metadata={"bounds": Experts()})
+
+
+def some_spans(none: str = "") -> Any:
+    """A dataclass field that names a stretch of tokens, for all rows of a batch or one for each.
+
+    `none` says what it means when no span is given; without it one must be.
+    """
+    default: Any = () if none else dataclasses.MISSING
+    return dataclasses.field(default=default, metadata={"bounds": Spans(none=none)})
 
 
 def values_of(low: float, high: float, grid: tuple[Any, ...] = ()) -> Any:
@@ -242,7 +278,7 @@ def check_places(mechanism: Any, layers: int, heads: Sequence[int | None], model
         model: The model's name, for the message.
     """
     for name, (_, bounds) in bounds_of(type(mechanism)).items():
-        counts_layers = isinstance(bounds, Heads | Values | Vectors) or (
+        counts_layers = isinstance(bounds, Heads | Values | Vectors | Experts) or (
             isinstance(bounds, Indices) and bounds.what == "layer"
         )
         for entry in getattr(mechanism, name) if counts_layers else ():
@@ -251,11 +287,43 @@ def check_places(mechanism: Any, layers: int, heads: Sequence[int | None], model
             if layer >= layers:
                 raise BadInput(f"{where}: {model} has no layer {layer}; its {layers} layers are 0 to {layers - 1}")
             most = heads[layer] if layer < len(heads) else None
-            names_head = isinstance(bounds, Heads | Values) or getattr(bounds, "places", 1) == 2
+            names_head = getattr(bounds, "places", 2) == 2 and not isinstance(bounds, Indices | Experts)
             if names_head and most is not None and rest[0] >= most:
                 raise BadInput(
                     f"{where}: layer {layer} of {model} has no head {rest[0]}; its {most} heads are 0 to {most - 1}"
                 )
+
+
+def spans_of(mechanism: Any) -> list[str]:
+    """The fields of a mechanism, or of its class, that name stretches of tokens."""
+    cls = mechanism if isinstance(mechanism, type) else type(mechanism)
+    return [name for name, (_, bounds) in bounds_of(cls).items() if isinstance(bounds, Spans)]
+
+
+def placed(mechanism: Any, spans: tuple[Span, ...] | None) -> Any:
+    """A mechanism with its spans on these tokens; those that were left open stay open."""
+    set_ones = [name for name in spans_of(mechanism) if getattr(mechanism, name)]
+    return mechanism if spans is None else dataclasses.replace(mechanism, **dict.fromkeys(set_ones, spans))
+
+
+def within(spans: tuple[Span, ...], place: Tensor, batch: int) -> Tensor:
+    """Which places in a text lie in a span, [batch or 1, tokens].
+
+    Args:
+        spans: One for all rows of a batch, or one for each; of a batch that was expanded (beams, samples), one for
+            each text, whose rows lie side by side.
+        place: Places in the text, [batch or 1, tokens].
+        batch: Rows of the batch.
+
+    Raises:
+        BadInput: neither one span nor as many as there are rows, or a divisor of that.
+    """
+    if len(spans) > 1 and batch % len(spans):
+        raise BadInput(f"{len(spans)} spans on a batch of {batch} rows: give one for all of them, or one for each")
+    edges = place.new_tensor(spans)
+    if len(spans) > 1:
+        edges = edges.repeat_interleave(batch // len(spans), 0)
+    return (place >= edges[:, :1]) & (place < edges[:, 1:])
 
 
 def heads_of(heads: tuple[Head, ...], layer: int, count: int) -> list[int] | None:

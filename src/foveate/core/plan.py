@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from foveate.core.attach import Attached, attach
 from foveate.core.budget import Budget
 from foveate.core.errors import BadInput, NothingObserved
 from foveate.core.mechanism import Mechanism, PromptEdit
+from foveate.core.places import Span, placed
 
 __all__ = ["Applied", "Plan", "apply", "fingerprint"]
 
@@ -36,14 +37,27 @@ class Plan:
         mechanisms: What acts, in order; prompt edits too.
         model: What tells the model from others, see `fingerprint`.
         evidence: What the mechanisms were chosen on and what they were worth, as JSON.
+        part: The words of each prompt that spans are for; "" where they are tokens of one text. Such a plan must be
+            put `on` a prompt first.
+        index: Which occurrence of these words, from 0, where there are several.
     """
 
     mechanisms: tuple[Mechanism, ...]
     model: dict[str, Any]
     evidence: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
+    index: int | None = None
 
     @classmethod
-    def of(cls, model: Any, *mechanisms: Mechanism, evidence: dict[str, Any] | None = None, name: str = "") -> Plan:
+    def of(
+        cls,
+        model: Any,
+        *mechanisms: Mechanism,
+        evidence: dict[str, Any] | None = None,
+        name: str = "",
+        part: str = "",
+        index: int | None = None,
+    ) -> Plan:
         """A plan for this model.
 
         Args:
@@ -51,13 +65,15 @@ class Plan:
             mechanisms: Registered mechanisms, whose parameters are numbers, words and tuples of them.
             evidence: What they were chosen on.
             name: What the user calls the model.
+            part: The words of each prompt that spans are for.
+            index: Which occurrence of them.
 
         Raises:
             BadInput: a mechanism that no plan can hold.
         """
         for m in mechanisms:
             written(m)
-        return cls(tuple(mechanisms), {"name": name} | fingerprint(model), evidence or {})
+        return cls(tuple(mechanisms), {"name": name} | fingerprint(model), evidence or {}, part, index)
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan; what stood at `path` is replaced whole or not at all."""
@@ -67,6 +83,7 @@ class Plan:
                 "format": FORMAT,
                 "model": self.model,
                 "mechanisms": [written(m) for m in self.mechanisms],
+                **({"part": self.part, "index": self.index} if self.part else {}),
                 "evidence": self.evidence,
             },
             indent=1,
@@ -101,7 +118,8 @@ class Plan:
             raise BadInput(f"{path} is no {FORMAT!r} (its format is {said!r}); write it again with this version")
         try:
             mechanisms = tuple(read(m) for m in found["mechanisms"])
-            return cls(mechanisms, dict(found["model"]), dict(found.get("evidence", {})))
+            evidence, part = dict(found.get("evidence", {})), str(found.get("part", ""))
+            return cls(mechanisms, dict(found["model"]), evidence, part, found.get("index"))
         except (KeyError, TypeError) as e:
             if isinstance(e, TypeError) or e.args[0] in ("mechanisms", "model", "name", "parameters"):
                 raise BadInput(f"{path}: a part of the plan is missing or of another form ({e})") from None
@@ -124,9 +142,22 @@ class Plan:
                 text = m.edit(text)
         return text
 
+    def on(self, span: tuple[Span, ...]) -> Plan:
+        """The plan for one prompt or a batch of them, its spans on these tokens, as `foveate.locate` gives them."""
+        return replace(self, mechanisms=tuple(placed(m, span) for m in self.mechanisms), part="", index=None)
+
     def attach(self, model: Any, trial: dict[str, Any] | bool = True) -> AbstractContextManager[Attached]:
-        """The plan's mechanisms on its model, for the length of a `with` block; prompt edits are left to `prompt`."""
+        """The plan's mechanisms on its model, for the length of a `with` block; prompt edits are left to `prompt`.
+
+        Raises:
+            BadInput: the plan is for another model, or for words of a prompt and not yet on one.
+        """
         self.check(model)
+        if self.part:
+            raise BadInput(
+                f"this plan acts on the words {self.part!r} of each prompt: put it on yours first, "
+                "plan.on(foveate.locate(tokenizer, text, plan.part, plan.index))"
+            )
         return attach(model, *(m for m in self.mechanisms if not isinstance(m, PromptEdit)), trial=trial)
 
 

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.attach import attach
-from foveate.core.errors import NotSupported
 from foveate.core.mechanism import ExpertEdit, HeadEdit, ResidualEdit, Stream
 from foveate.core.rows import Rows
 
@@ -79,8 +78,6 @@ def residual_streams(
     seen = Streams()
     with attach(model, seen, trial=False):
         model(**inputs)
-    if not seen.found:
-        raise NotSupported(f"{type(model).__name__} has no residual stream that can be reached: no list of layers")
     return seen.found, next(iter(seen.real.values()))
 
 
@@ -94,6 +91,4 @@ def router_logits(model: Any, **inputs: Any) -> dict[int, Float[Tensor, "tokens 
     seen = Routings()
     with attach(model, seen, trial=False):
         model(**inputs)
-    if not seen.found:
-        raise NotSupported(f"{type(model).__name__} has no experts to choose from: it is no mixture of experts")
     return seen.found

@@ -26,6 +26,7 @@ from foveate.core import fused, onepass
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Edit, Tilt
+from foveate.core.places import within
 from foveate.core.reductions import Reduction, Sampled
 from foveate.core.rule import Rule, Softmax, lse_of
 
@@ -152,14 +153,7 @@ class View:
         Raises:
             BadInput: neither one span nor as many as rows (or a divisor of that, where a batch was expanded).
         """
-        if len(spans) > 1 and self.batch % len(spans):
-            raise BadInput(
-                f"{len(spans)} spans on a batch of {self.batch} rows: give one for all of them, or one for each"
-            )
-        edges = torch.tensor(spans, device=place.device, dtype=place.dtype)
-        if len(spans) > 1:
-            edges = edges.repeat_interleave(self.batch // len(spans), 0)
-        return (place >= edges[:, :1]) & (place < edges[:, 1:])
+        return within(spans, place, self.batch)
 
 
 @dataclass(eq=False)
@@ -206,9 +200,7 @@ class RowBlock:
         if view.bias is not None:
             s = s + view.bias[..., self.index, :][..., self.first : self.last].to(s.dtype)
         if view.tilt is not None and view.tilt.bias is not None:
-            tilt = view.tilt.bias[:, :, None, self.first : self.last].to(s.dtype)
-            rows = view.tilt.rows
-            s = s + (tilt if rows is None else torch.where(rows[:, None, self.index, None], tilt, tilt.new_zeros(())))
+            s = tilted_scores(self, s, view.tilt)
         for edit in self.edits:
             s = edit.edit_scores(self, s)
         blocked = view.mask.additive(self.index, self.first, self.last).to(s.dtype)
@@ -357,7 +349,7 @@ def tilted(view: View, edits: Sequence[Edit]) -> tuple[View, list[Edit]]:
         if tilt is None:
             continue
         if tilt.factor is not None:
-            q = q * tilt.factor[..., None].to(q.dtype)
+            q = (q * tilt.factor[..., None]).to(view.q.dtype)
         if tilt.bias is None:
             continue
         if bias is None:
@@ -382,10 +374,19 @@ class Tilted(Edit):
     by: Tilt
 
     def edit_scores(self, block: RowBlock, scores: Tensor) -> Tensor:
-        bias, rows = self.by.bias, self.by.rows
-        assert bias is not None
-        bias = bias[:, :, None, block.first : block.last].to(scores.dtype)
-        return scores + (bias if rows is None else torch.where(rows[:, None, block.index, None], bias, 0.0))
+        return tilted_scores(block, scores, self.by)
+
+
+def tilted_scores(
+    block: RowBlock, scores: Float[Tensor, "batch heads rows keys"], tilt: Tilt
+) -> Float[Tensor, "batch heads rows keys"]:
+    """The scores of a block with the bias of a tilt."""
+    assert tilt.bias is not None
+    bias = tilt.bias[:, :, None, block.first : block.last].to(scores.dtype)
+    if tilt.rows is not None:
+        bias = torch.where(tilt.rows[:, None, block.index, None], bias, 0.0)
+    # where, not plus: what is taken out has no gradient, and no influence if it is NaN
+    return torch.where(bias == -torch.inf, bias, scores + bias)
 
 
 def first_pass(view: View, edits: Sequence) -> dict[Reduction, Any]:

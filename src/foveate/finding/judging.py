@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,27 +13,15 @@ import numpy as np
 from foveate.core.attach import attach
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Mechanism, PromptEdit
-from foveate.core.params import bounds_of
-from foveate.core.places import Span, Spans
+from foveate.core.places import Span, placed, spans_of
 from foveate.locating import locate
 from foveate.tasks import Example, Prepared, Scores, prepare, score
 
-__all__ = ["Judge", "placed", "spans_of"]
+__all__ = ["Judge"]
 
 
 Group = tuple[Span | None, Prepared, list[int]]
 """Examples whose spans are the same, and which of all they are."""
-
-
-def spans_of(m: Mechanism | type[Mechanism]) -> list[str]:
-    """The fields of a mechanism that name stretches of tokens."""
-    cls = m if isinstance(m, type) else type(m)
-    return [name for name, (_, bounds) in bounds_of(cls).items() if isinstance(bounds, Spans)]
-
-
-def placed(m: Mechanism, span: Span | None) -> Mechanism:
-    """The mechanism with its spans on these tokens."""
-    return m if span is None else replace(m, **dict.fromkeys(spans_of(m), (span,)))
 
 
 @dataclass(eq=False)
@@ -75,7 +63,7 @@ class Judge:
         parts: list[tuple[Scores, list[int]]] = []
         done = 0
         for span, prepared, at in groups:
-            here = [placed(m, span) for m in acting]
+            here = [placed(m, span and (span,)) for m in acting]
 
             def tell(n: int, of: int, done: int = done, size: int = len(at)) -> None:
                 if progress is not None:

@@ -14,7 +14,8 @@ import torch
 
 from foveate.core.attach import attach
 from foveate.core.mechanism import Mechanism, PromptEdit
-from foveate.finding.judging import Judge, spans_of
+from foveate.core.places import spans_of
+from foveate.finding.judging import Judge
 from foveate.probe.perplexity import perplexity, token_ids
 from foveate.tasks import Comparison, compare
 

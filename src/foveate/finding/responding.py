@@ -49,6 +49,8 @@ class DialledEdit(Edit):
         tilt = self.inner.tilt(view)
         if tilt is None:
             return None
+        if tilt.bias is not None and bool(tilt.bias.isinf().any()):
+            raise NotSupported(f"{type(self.inner).__name__} takes keys out, which cannot be done by degrees")
         dial = self.dial(view)[:, None]
         factor = None if tilt.factor is None else tilt.factor**dial
         return Tilt(factor, None if tilt.bias is None else tilt.bias * dial, tilt.rows)

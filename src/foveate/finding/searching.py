@@ -15,8 +15,8 @@ from foveate.core.attach import attention_layers
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Edit, HeadEdit, Mechanism
 from foveate.core.params import Bounds, bounds_of
-from foveate.core.places import Heads, Indices, Values
-from foveate.finding.judging import Judge, placed, spans_of
+from foveate.core.places import Heads, Indices, Values, placed, spans_of
+from foveate.finding.judging import Judge
 from foveate.finding.responding import responses
 from foveate.tasks import Prepared, Scores, loss
 from foveate.tasks.scoring import ask
@@ -192,7 +192,7 @@ def told(judge: Judge, m: Mechanism, objective: str) -> torch.Tensor | None:
     left = RESPONDENTS
     for span, prepared, _ in judge.groups((), bool(spans_of(m))):
         if left > 0:
-            some.append((placed(m, span), prepared[:left]))
+            some.append((placed(m, span and (span,)), prepared[:left]))
             left -= len(some[-1][1])
     # what is searched without labels must not look at them here either
     lose = unsure if objective == "entropy" else partial(loss, normalise=judge.normalise)

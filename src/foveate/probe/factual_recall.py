@@ -166,7 +166,7 @@ TEMPLATES = {
     "capital": ("The capital of {country} is", "The capital city of {country} is"),
     "language": ("The main language of {country} is", "Most people in {country} speak"),
     "currency": ("The currency of {country} is the", "In {country}, people pay with the"),
-    "continent": ("The continent of {country} is", "{country} is a country in"),
+    "continent": ("The continent of {country} is", "The country of {country} is located in"),
 }
 
 

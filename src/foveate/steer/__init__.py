@@ -2,6 +2,6 @@
 
 from foveate.core.registry import class_names, lazy
 
-__all__ = class_names("steer")  # noqa: PLE0605
+__all__ = class_names("steer")
 
 __getattr__ = lazy("steer")

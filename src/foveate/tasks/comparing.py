@@ -95,8 +95,8 @@ def bootstrap(changes: Float[np.ndarray, " example"], seed: int) -> tuple[float,
     if np.ptp(changes) == 0:
         return changes[0].item(), changes[0].item()
     for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            # said of an interval that is not finite, which is looked at below
+        # both complain of an interval that is not finite, which is looked at below
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             found = stats.bootstrap(
                 (changes,), np.mean, method=method, batch=BATCH, random_state=np.random.default_rng(seed)

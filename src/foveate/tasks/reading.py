@@ -274,8 +274,8 @@ class Template:
 
     @property
     def opens(self) -> bool:
-        """Whether the answer stands right behind an open parenthesis."""
-        return not self.gap and self.parts[-1][0].endswith("(")
+        """Whether the answer stands behind an open parenthesis."""
+        return self.parts[-1][0].endswith("(")
 
     @property
     def columns(self) -> set[str]:

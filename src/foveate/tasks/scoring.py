@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import softmax
 from torch import Tensor
 
 from foveate.core.errors import BadInput
@@ -95,14 +96,14 @@ def score(
     prepared = examples if isinstance(examples, Prepared) else prepare(tokenizer, examples, chat=chat)
     told = ask(model, prepared, batch, progress)
     by_choice = [part.numpy() for part in per_option(told.log_prob.double().cpu(), prepared, normalise)]
-    measured = map(judged, prepared.examples, by_choice, least_leads(told, prepared))
-    predicted, margin, likelihood, probability = (np.array(column) for column in zip(*measured, strict=True))
-    bad = np.flatnonzero(~np.isfinite(likelihood))
-    if len(bad):
+    bad = [number for number, by in enumerate(by_choice) if not np.isfinite(by).all()]
+    if bad:
         raise BadInput(
             f"the model's logits are not finite on {len(bad)} of {len(prepared)} examples, first on number {bad[0]}; "
             "take off the edit that does it, or load the model in float32."
         )
+    measured = map(judged, prepared.examples, by_choice, least_leads(told, prepared))
+    predicted, margin, likelihood, probability = (np.array(column) for column in zip(*measured, strict=True))
     return Scores(
         prepared.examples,
         predicted,
@@ -122,7 +123,7 @@ def judged(example: Example, by_choice: Float[np.ndarray, " choice"], lead: floa
     if not example.choices:
         return 0 if lead > 0 else -1, lead, float(right), float(np.exp(right))
     margin = right - np.delete(by_choice, example.right).max()
-    return int(by_choice.argmax()), float(margin), float(right), float(1 / np.exp(by_choice - right).sum())
+    return int(by_choice.argmax()), float(margin), float(right), float(softmax(by_choice)[example.right])
 
 
 def log_likelihoods(

@@ -184,7 +184,8 @@ def run_masked(model: Any, ids: Tensor, padding: Tensor, chunks: Sequence[int], 
     now, said = [0], []
     # without windows in the cache, so that positions count from the first token
     cache = DynamicCache()
-    with attach(model, HideDropped((kept, now))):
+    # a dozen tokens hide nothing
+    with attach(model, HideDropped((kept, now)), trial=False):
         for logits in fed(model, ids, padding, chunks, ids.shape[1] - padding.shape[1], cache):
             said.append(logits)
             now[0] += 1

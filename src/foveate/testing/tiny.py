@@ -1,6 +1,7 @@
 """Tiny random models, one per family, that build in milliseconds: 2 layers, 4 heads, 99 tokens.
 
-`models()` names the families that work with `foveate.attach`, `refused()` those off transformers' attention interface.
+`models()` names the families that work with `foveate.attach`, `mixtures()` those among them that have experts, and
+`refused()` those off transformers' attention interface.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from foveate.core.errors import BadInput, unknown
 
-__all__ = ["VOCABULARY", "Family", "family", "inputs", "model", "models", "refused", "tokenizer"]
+__all__ = ["VOCABULARY", "Family", "family", "inputs", "mixtures", "model", "models", "refused", "tokenizer"]
 
 VOCABULARY = 99
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -47,6 +48,11 @@ def common() -> dict[str, Any]:
 def grouped(**more: Any) -> dict[str, Any]:
     """A decoder with two query heads per key-value head."""
     return common() | {"num_key_value_heads": 2, "head_dim": 8} | more
+
+
+def experts(**more: Any) -> dict[str, Any]:
+    """A mixture of experts, two of which each token goes to."""
+    return grouped(num_experts_per_tok=2) | more
 
 
 def coders(**more: Any) -> dict[str, Any]:
@@ -110,10 +116,12 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family(grouped),
     "smollm3": Family(grouped),
     "gpt_oss": Family(
-        lambda: grouped(
-            sliding_window=5, num_local_experts=4, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+        lambda: experts(
+            num_local_experts=4, sliding_window=5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
         )
     ),
+    "mixtral": Family(lambda: experts(num_local_experts=4)),
+    "qwen3_moe": Family(lambda: experts(num_experts=6, moe_intermediate_size=24, norm_topk_prob=True)),
     "gpt2": Family(
         lambda: common() | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
         absolute=True,
@@ -164,6 +172,11 @@ FAMILIES: dict[str, Family] = {
 def models(*kinds: Kind) -> list[str]:
     """Families on the attention interface, of all kinds or of the given ones."""
     return [n for n, f in FAMILIES.items() if f.on_interface and (not kinds or f.kind in kinds)]
+
+
+def mixtures() -> list[str]:
+    """Families that are mixtures of experts."""
+    return [n for n, f in FAMILIES.items() if "num_experts_per_tok" in f.config()]
 
 
 def refused() -> list[str]:

@@ -196,8 +196,11 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
     if (TILT)
         for (int r = 0; r < M; ++r)
             if (rows[r].tilt)
-                for (int c = 0; c < LANES; ++c)
-                    acc[r][c] += load(rows[r].tilt + first + c * LANE) * splat(float(LOG2E));
+                for (int c = 0; c < LANES; ++c) {
+                    const vf t = load(rows[r].tilt + first + c * LANE);
+                    // what is taken out has no influence, also where its score is NaN
+                    acc[r][c] = t > splat(-INF) ? acc[r][c] + t * splat(float(LOG2E)) : t;
+                }
     if (CUT)
         for (int r = 0; r < M; ++r)
             for (int c = 0; c < LANES; ++c) {

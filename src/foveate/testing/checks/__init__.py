@@ -17,6 +17,7 @@ The checks stand in files by what they are about, and run in this order:
     leaks        nothing leaks
     calls        however the rows come in
     acting       those that act on a model, and what remains of them
+    steering     edits on whole models, and those of the residual stream, of experts and of prompts
     models       those that run the model themselves
     policies     those that say what stays in a KV cache
 
@@ -24,7 +25,7 @@ Checks for a kind of mechanism of its own are one more file here and one more im
 """
 
 # isort: off
-from foveate.testing.checks import words, truth, leaks, calls, acting, models, policies
+from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies
 # isort: on
 
 from foveate.testing.checks.models import COLUMNS
@@ -54,6 +55,7 @@ __all__ = [
     "leaks",
     "models",
     "policies",
+    "steering",
     "truth",
     "words",
 ]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from foveate.core.attach import attach
-from foveate.core.mechanism import HeadEdit, Mechanism, Metric, Pattern, Visits
+from foveate.core.mechanism import ExpertEdit, HeadEdit, Mechanism, Metric, Pattern, Visits
 from foveate.core.rows import Rows
 from foveate.core.rows import attend as attend_rows
 from foveate.testing import tiny, views
 from foveate.testing.checks.measuring import acted, grid, output, same
-from foveate.testing.checks.running import ACTING, ATTACHED, Skip, check, expect
+from foveate.testing.checks.running import ACTING, ATTACHED, INSIDE, Skip, check, expect
 
 
 @check(*ACTING)
@@ -48,22 +48,34 @@ def landing(m: Mechanism) -> None:
     expect(moved > 1e-5, f"the head outputs move by {moved:.3g}: it does not land")
 
 
-@check(*ATTACHED)
+@check(*ATTACHED, *INSIDE)
 def detaching(m: Mechanism) -> None:
-    """On a model: it runs, and leaving the context restores the logits bit for bit."""
-    model = tiny.model("llama")
-    batch_ = tiny.inputs("llama", padding="left", length=24)
+    """On a model: it runs, and leaving the context restores the logits bit for bit and leaves nothing on the model."""
+    family = "mixtral" if isinstance(m, ExpertEdit) else "llama"
+    model, batch_ = tiny.model(family), tiny.inputs(family, padding="left", length=24)
+    untouched = standing(model)
     with torch.no_grad():
         before = model(**batch_).logits
         with attach(model, m) as attached:
             inside = model(**batch_).logits
         after = model(**batch_).logits
     expect(torch.equal(before, after), f"logits differ by {float((before - after).abs().max()):.3g} after detaching")
+    expect(standing(model) == untouched, f"it leaves something on {standing(model) - untouched}")
     real = batch_["attention_mask"].bool()
     expect(bool(inside[real].isfinite().all()), "logits of real tokens are not finite while attached")
     if isinstance(m, Metric):
         expect(bool(torch.allclose(before[real], inside[real], atol=1e-3)), "a metric changes the logits")
         expect(set(attached.results.heads.layer) == {0, 1}, "it has no results for some layer of a llama")
+
+
+def standing(model: torch.nn.Module) -> set[tuple[str, str]]:
+    """The attributes and hooks of each module, by its name."""
+    found = set()
+    for name, module in model.named_modules():
+        found |= {(name, attribute) for attribute in vars(module)}
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            found |= {(name, f"{hooks}[{key}]") for key in getattr(module, hooks)}
+    return found
 
 
 @check(Pattern)

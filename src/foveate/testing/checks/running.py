@@ -12,13 +12,26 @@ from typing import Any, Literal
 import jaxtyping
 
 from foveate.core.errors import unknown
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, ModelMetric, Pattern, Policy
+from foveate.core.mechanism import (
+    Edit,
+    ExpertEdit,
+    HeadEdit,
+    Mechanism,
+    Metric,
+    ModelMetric,
+    Pattern,
+    Policy,
+    PromptEdit,
+    ResidualEdit,
+)
 
 __all__ = [
     "ACTING",
     "ALL",
     "ATTACHED",
     "CHECKS",
+    "EDITS",
+    "INSIDE",
     "Broken",
     "Check",
     "CheckFailed",
@@ -35,7 +48,10 @@ __all__ = [
 
 ACTING = (Edit, HeadEdit, Pattern)
 ATTACHED = (Metric, *ACTING)
-ALL = (*ATTACHED, ModelMetric, Policy)
+# those that see no attention call: the residual stream, routers
+INSIDE = (ResidualEdit, ExpertEdit)
+EDITS = (Edit, HeadEdit, *INSIDE)
+ALL = (*ATTACHED, *INSIDE, PromptEdit, ModelMetric, Policy)
 
 Verdict = Literal["passed", "skipped", "known failure", "failed"]
 
@@ -58,35 +74,50 @@ def expect(holds: bool, message: str) -> None:
         raise Broken(message)
 
 
+Run = Callable[[Any], None]
+
+
 @dataclass(frozen=True)
 class Check:
     """One promise, and the kinds of mechanism that make it.
 
     Args:
-        name: Name of the function that checks it.
-        kinds: Kinds of mechanism that it fits.
-        run: Takes one mechanism; an exception of any kind is a failure, `Skip` excepted.
+        name: Name of the functions that check it.
+        ways: Kinds of mechanism, and the function that checks the promise of these; an exception of any kind is a
+            failure, `Skip` excepted.
     """
 
     name: str
-    kinds: tuple[type, ...]
-    run: Callable[[Any], None]
+    ways: tuple[tuple[tuple[type, ...], Run], ...]
 
     @property
-    def promise(self) -> str:
-        """What is promised, in a sentence."""
-        return (self.run.__doc__ or "").strip().split("\n\n")[0]
+    def kinds(self) -> tuple[type, ...]:
+        """All kinds of mechanism that it fits."""
+        return tuple(kind for kinds, _ in self.ways for kind in kinds)
+
+    def way(self, cls: type) -> Run:
+        """The function for mechanisms of a class."""
+        return next(run for kinds, run in self.ways if issubclass(cls, kinds))
+
+    def run(self, m: Mechanism) -> None:
+        """Checks one mechanism."""
+        self.way(type(m))(m)
+
+    def promise(self, cls: type) -> str:
+        """What a class promises, in a sentence."""
+        return (self.way(cls).__doc__ or "").strip().split("\n\n")[0]
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(*kinds: type) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Registers a function as the check of its own name."""
+def check(*kinds: type) -> Callable[[Run], Run]:
+    """Registers a function as the check of its own name; functions of one name are one check for several kinds."""
 
-    def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
+    def register(run: Run) -> Run:
         name = run.__name__.strip("_")
-        CHECKS[name] = Check(name, kinds, run)
+        before = CHECKS[name].ways if name in CHECKS else ()
+        CHECKS[name] = Check(name, (*before, (kinds, run)))
         return run
 
     return register
