@@ -71,7 +71,7 @@ class HeadReinforcement(HeadEdit):
     test_params: ClassVar = (
         {"factor": 2.0, "heads": ((1, 0), (0, 1))},
         {"factor": 1.0},
-        {},
+        {"factor": 3.0, "heads": ((1, 0), (1, 1), (0, 2))},
         {"factor": 0.5, "heads": ((1, 1),)},
     )
 

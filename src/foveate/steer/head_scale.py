@@ -62,11 +62,12 @@ class HeadScale(HeadEdit):
         "after the projection, as some tools do, takes out a mixture of all heads",
         use="to see what a head is worth to a task (0), or to make the heads that a task needs count for more",
         misleads="zero is an output that the model may never see from that head, so that a fall shows harm by the "
-        "unusual as well as the loss of what the head does: compare mean_ablation and resample_ablation",
+        "unusual as well as the loss of what the head does: compare mean_ablation and resample_ablation. Where a norm "
+        "stands behind the projection (Gemma 2), one factor on all heads of a layer cancels out; `attach` refuses it",
     )
     identity: ClassVar = {"factor": 1.0, "heads": ()}
     test_params: ClassVar = (
-        {"factor": 0.5},
+        {"factor": 0.5, "heads": ((0, 3, 1.0), (1, 1, 1.0))},
         {"factor": 1.0},
         {"heads": ((1, 0, 0.0), (0, 1, 2.0))},
         {"factor": 0.0, "heads": ((1, 1, -1.5),)},
