@@ -6,6 +6,8 @@ here, by the same door through which they act.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from foveate.core.attach import attach
 from foveate.core.mechanism import ExpertEdit, HeadEdit, ResidualEdit, Stream
 from foveate.core.rows import Rows
 
-__all__ = ["head_outputs", "residual_streams", "router_logits"]
+__all__ = ["frozen", "head_outputs", "residual_streams", "router_logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,3 +94,21 @@ def router_logits(model: Any, **inputs: Any) -> dict[int, Float[Tensor, "tokens 
     with attach(model, seen, trial=False):
         model(**inputs)
     return seen.found
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Gradients are followed, but into none of the model's weights, and dropout is off; all is put back afterwards."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    try:
+        for p in learning:
+            p.requires_grad_(False)
+        model.eval()
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+        for module in training:
+            module.training = True

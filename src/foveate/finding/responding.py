@@ -10,8 +10,7 @@ Each head gets a dial between nothing and the whole edit. One backward pass says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from foveate.core.attach import attach, attention_layers
 from foveate.core.errors import NotSupported
 from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Tilt
+from foveate.core.recording import frozen
 from foveate.core.reductions import Reduction
 from foveate.core.rows import RowBlock, Rows, View
 from foveate.tasks import Prepared, loss
@@ -89,19 +89,6 @@ class DialledHeads(HeadEdit):
         return out + self.dials[at].to(out.dtype)[:, None, None] * (self.inner.edit(rows, out) - out)
 
 
-@contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """The model's weights collect no gradients meanwhile."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, grad in before:
-            p.requires_grad_(grad)
-
-
 def responses(
     model: Any,
     groups: list[tuple[Mechanism, Prepared]],
@@ -131,7 +118,7 @@ def responses(
             for start in range(0, len(prepared), batch):
                 part = prepared[start : start + batch]
                 dials: dict[int, Tensor] = {}
-                with attach(model, dialled(m, dials), trial=False), torch.enable_grad():
+                with attach(model, dialled(m, dials), trial=False):
                     value = lose(model, part)
                 known = {at: d for at, d in dials.items() if d.requires_grad}
                 slopes = torch.autograd.grad(value, list(known.values()), allow_unused=True)

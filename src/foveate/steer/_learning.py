@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from foveate.core.places import Head
 from foveate.core.rows import Rows
 from foveate.tasks import Example, Prepared, loss, prepare
 
-__all__ = ["Lesson", "Scaled", "Shifted", "as_example", "frozen", "started"]
+__all__ = ["Lesson", "Scaled", "Shifted", "as_example", "started"]
 
 Progress = Callable[[int, int], None]
 SMALL = 1e-3
@@ -70,24 +69,6 @@ def as_example(example: Any) -> Example:
     """A prompt with its right answer alone, from an example or a pair of texts."""
     prompt, answer = example if isinstance(example, tuple) else (example.prompt, example.right_text)
     return Example(prompt, answer=answer)
-
-
-@contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """The model with dropout off and no parameter that collects gradients; both are put back, also after an error."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    try:
-        for p in learning:
-            p.requires_grad_(False)
-        model.eval()
-        with torch.enable_grad():
-            yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from foveate import tasks
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Edit, Tilt
 from foveate.core.params import bounded
 from foveate.core.places import Head, Span, some_heads, some_spans
 from foveate.core.rows import View
+from foveate.finding.responding import responses
+from foveate.locating import locate
 from foveate.steer._acting import acting
-from foveate.steer._response import Example, responses, spans_in
+from foveate.tasks import prepare
 
 __all__ = ["Emphasis"]
+
+Example = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Emphasis(Edit):
         if count < 1:
             raise BadInput(f"count={count} heads: at least 1 is needed")
         found = cls(spans_in(tokenizer, examples), strength)
-        gain = responses(model, tokenizer, examples).double() * (-1.0 if strength >= 0 else 1.0)
+        gain = gains(model, tokenizer, found, examples)
         error = gain.std(0) / len(examples) ** 0.5
         order = (gain.mean(0) / error.clamp_min(1e-300)).flatten()
         best = order.nan_to_num(-torch.inf).topk(min(count, order.numel())).indices
@@ -131,3 +139,32 @@ class Emphasis(Edit):
             less = "more" if strength >= 0 else "less"
             raise BadInput(f"{less} weight on these parts helps the {len(examples)} answers in no head of the model")
         return replace(found, heads=tuple(sorted(heads)))
+
+
+def gains(
+    model: Any, tokenizer: Any, edit: Emphasis, examples: Sequence[Example]
+) -> Float[Tensor, "examples layers heads"]:
+    """What the edit is worth to each answer in each head, to first order: nats of its loss per token."""
+    prepared = prepare(tokenizer, [tasks.Example(prompt, answer=answer) for prompt, answer, _ in examples])
+    lose = partial(tasks.loss, normalise=True)
+    made = [
+        responses(model, [(edit.on((span,)), prepared[n : n + 1])], lose).double() for n, span in enumerate(edit.span)
+    ]
+    return torch.stack(made)
+
+
+def spans_in(tokenizer: Any, examples: Sequence[Example]) -> tuple[Span, ...]:
+    """Where the part of each example stands among the tokens of its prompt.
+
+    Raises:
+        BadInput: an example is no prompt, answer and part, or its part is not in its prompt, or more than once.
+    """
+    found: list[Span] = []
+    for n, example in enumerate(examples):
+        if isinstance(example, str) or len(example) != 3 or not all(isinstance(x, str) and x for x in example):
+            raise BadInput(f"example {n} must be (prompt, answer, part of the prompt), three texts; got {example!r}")
+        try:
+            found += locate(tokenizer, example[0], example[2])
+        except BadInput as error:
+            raise BadInput(f"example {n}: {error}") from None
+    return tuple(found)

@@ -23,10 +23,10 @@ from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import HeadEdit
 from foveate.core.places import Head, each_head
-from foveate.core.recording import head_outputs
+from foveate.core.recording import frozen, head_outputs
 from foveate.core.rows import Rows
 from foveate.steer._heads import vectors_in
-from foveate.steer._learning import Lesson, Scaled, Shifted, as_example, frozen, grouped, started
+from foveate.steer._learning import Lesson, Scaled, Shifted, as_example, grouped, started
 
 __all__ = ["HeadOffsets"]
 

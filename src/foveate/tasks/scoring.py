@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import softmax
 from torch import Tensor
 
-from foveate.core.errors import BadInput
+from foveate.core.errors import BadInput, NotSupported
 from foveate.probe.perplexity import head
 from foveate.probe.run import wilson
 from foveate.tasks.examples import Example
@@ -169,10 +169,12 @@ def ask(model: Any, prepared: Prepared, batch: int, progress: Callable[[int, int
 
     Raises:
         BadInput: `batch` is no number of sequences, or a sequence is too long for the model.
+        NotSupported: the model does not go on with a text.
     """
     layout = prepared.layout
     if batch < 1:
         raise BadInput(f"batch={batch}: the model must read at least one sequence at once.")
+    refuse_encoders(model)
     refuse_long(model, layout)
     context_of_sequence = [sequence for sequence, _ in layout.contexts]
     context_of_question = [context for context, _, _ in layout.questions]
@@ -192,6 +194,12 @@ def ask(model: Any, prepared: Prepared, batch: int, progress: Callable[[int, int
         if progress is not None:
             progress(stop, len(layout.sequences))
     return Told(*(torch.cat(column) for column in zip(*told, strict=True)))
+
+
+def refuse_encoders(model: Any) -> None:
+    """Raises if the model does not go on with a text."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise NotSupported(f"{type(model).__name__} does not go on with its prompt; load a causal language model")
 
 
 def refuse_long(model: Any, layout: Layout) -> None:
