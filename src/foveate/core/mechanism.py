@@ -171,6 +171,10 @@ class Edit(Mechanism):
         """Reductions of the unedited rows that the edit must know first; the engine runs a first pass for them."""
         return ()
 
+    def acts(self, layer: int) -> bool:
+        """Whether it changes anything in this layer: whole rows are laid out only where one does."""
+        return True
+
     def tilt(self, view: View) -> Tilt | None:
         """A factor on the scores of each row and a bias on each key; None where this call is left alone."""
         return None

@@ -33,6 +33,7 @@ __all__ = [
     "each_layer",
     "factors",
     "heads_of",
+    "named_layer",
     "placed",
     "some_experts",
     "some_heads",
@@ -324,6 +325,11 @@ def within(spans: tuple[Span, ...], place: Tensor, batch: int) -> Tensor:
     if len(spans) > 1:
         edges = edges.repeat_interleave(batch // len(spans), 0)
     return (place >= edges[:, :1]) & (place < edges[:, 1:])
+
+
+def named_layer(layer: int, layers: tuple[int, ...], heads: tuple[Head, ...]) -> bool:
+    """Whether something that acts in these layers and heads (() is all) acts in a layer at all."""
+    return (not layers or layer in layers) and (not heads or any(at == layer for at, _ in heads))
 
 
 def heads_of(heads: tuple[Head, ...], layer: int, count: int) -> list[int] | None:

@@ -34,7 +34,8 @@ __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
 
 Engine = Literal["auto", "reference", "blocks", "fused", "native", "sdpa"]
 SOFTMAX = Softmax()
-BLOCK_BYTES = 32 << 20
+# larger blocks leave the cache between one stage and the next
+BLOCK_BYTES = 8 << 20
 # what `View` works out from the shapes when it is not given
 DERIVED: Any = None
 
@@ -203,13 +204,41 @@ class RowBlock:
             s = tilted_scores(self, s, view.tilt)
         for edit in self.edits:
             s = edit.edit_scores(self, s)
-        blocked = view.mask.additive(self.index, self.first, self.last).to(s.dtype)
-        if view.mask.dense is None:
-            # where, not plus: garbage behind the mask may be NaN
-            s = torch.where(blocked == 0, s, blocked)
-        else:
+        if view.mask.dense is not None:
+            blocked = view.mask.additive(self.index, self.first, self.last).to(s.dtype)
             s = torch.where(blocked == -torch.inf, blocked, s + blocked)
+        elif s.requires_grad:
+            # where, not plus: garbage behind the mask may be NaN
+            s = torch.where(view.mask.allowed(self.index, self.first, self.last), s, -torch.inf)
+        else:
+            for a, b in self.ragged:
+                allowed = view.mask.allowed(self.index, a, b)
+                s[..., a - self.first : b - self.first].masked_fill_(~allowed, -torch.inf)
         return s if self.visited is None else s.masked_fill(~self.visited, -torch.inf)
+
+    @cached_property
+    def ragged(self) -> list[tuple[int, int]]:
+        """The stretches of keys in front of and behind those that every row sees."""
+        low, high = self.view.mask.low[:, self.index], self.view.mask.high[:, self.index]
+        if not low.numel():
+            return [(self.first, self.last)]
+        a = min(max(int(low.max()), self.first), self.last)
+        b = min(max(int(high.min()), a), self.last)
+        return [(x, y) for x, y in ((self.first, a), (b, self.last)) if x < y]
+
+    @cached_property
+    def simple(self) -> bool:
+        """Whether all that a row may not see is what its interval leaves out, and every row sees something."""
+        view, mask = self.view, self.view.mask
+        tilt = None if view.tilt is None else view.tilt.bias
+        return (
+            mask.dense is None
+            and self.visited is None
+            and view.bias is None
+            and not any(type(e).edit_scores is not Edit.edit_scores for e in self.edits)
+            and (tilt is None or not bool((tilt == -torch.inf).any()))
+            and bool((mask.high[:, self.index] > mask.low[:, self.index]).all())
+        )
 
     @cached_property
     def lse(self) -> Float[Tensor, "batch heads rows"]:
@@ -231,8 +260,16 @@ class RowBlock:
             p = torch.nn.functional.dropout(p, view.dropout)
         v = view.v[:, :, self.first : self.last].to(p.dtype)
         # a key that no row may see must not reach the output, whatever stands in its value: 0 x NaN is NaN
-        seen = (self.scores > -torch.inf).any(2).unflatten(1, (view.kv_heads, -1)).any(2)
-        v = torch.where(seen[..., None], v, v.new_zeros(()))
+        if not self.simple:
+            seen = (self.scores > -torch.inf).any(2).unflatten(1, (view.kv_heads, -1)).any(2)
+            v = torch.where(seen[..., None], v, v.new_zeros(()))
+        elif self.ragged:
+            parts = [view.mask.allowed(self.index, a, b).any(2) for a, b in self.ragged]
+            if not all(bool(part.all()) for part in parts):
+                seen = torch.ones(len(parts[0]), 1, self.last - self.first, dtype=torch.bool, device=v.device)
+                for (a, b), part in zip(self.ragged, parts, strict=True):
+                    seen[..., a - self.first : b - self.first] = part
+                v = torch.where(seen[..., None], v, v.new_zeros(()))
         batch, heads, rows, keys = p.shape
         return (p.reshape(batch, view.kv_heads, view.grouped * rows, keys) @ v).reshape(batch, heads, rows, v.shape[3])
 
@@ -292,7 +329,7 @@ def attend(
         edits: Row edits in the order in which they act, tilts before all others; reductions see the edited weights.
         pattern: `select(view)` of a pattern: which key blocks each row block visits.
         engine: Which way; "auto" takes the cheapest that can do what is asked.
-        block: Rows per block; default: as many as fit in 32 MB of weights.
+        block: Rows per block; default: as many as fit in 8 MB of weights.
         dtype: Precision of the row blocks; default float32, or float64 if the inputs are.
 
     Returns:
@@ -302,7 +339,8 @@ def attend(
         NotSupported: the named engine cannot do what is asked; the message says why.
     """
     wanted = tuple(dict.fromkeys(reductions))
-    given, unedited, edits = tuple(edits), view, tuple(e for e in edits if e.whole_rows)
+    given, unedited = tuple(edits), view
+    edits = tuple(e for e in given if e.whole_rows and e.acts(view.layer.index))
     view, beyond = tilted(view, given)
     edits = (*edits, *beyond)
     plain = type(rule) is Softmax and not edits and pattern is None

@@ -67,6 +67,9 @@ class DialledEdit(Edit):
         new = self.inner.edit(block, weights)
         return weights if new is weights else weights + self.dial(block.view)[:, None, None] * (new - weights)
 
+    def acts(self, layer: int) -> bool:
+        return self.inner.acts(layer)
+
     @property
     def whole_rows(self) -> bool:
         """As of the edit itself."""

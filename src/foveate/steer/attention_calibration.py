@@ -20,7 +20,7 @@ from torch import Tensor
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
-from foveate.core.places import Head, some_heads, some_indices
+from foveate.core.places import Head, named_layer, some_heads, some_indices
 from foveate.core.rows import RowBlock
 from foveate.steer._sinks import beginning, chosen, moved
 
@@ -93,6 +93,9 @@ class AttentionCalibration(Edit):
     def miniature(self) -> AttentionCalibration:
         """The same with a first token to give to, and a threshold near the weights of rows of a dozen keys."""
         return replace(self, threshold=0.095, spared=max(1, min(self.spared, 2)))
+
+    def acts(self, layer: int) -> bool:
+        return named_layer(layer, self.layers, self.heads)
 
     def edit(
         self, block: RowBlock, weights: Float[Tensor, "batch heads rows keys"]

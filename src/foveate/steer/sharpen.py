@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
-from foveate.core.places import Head, some_heads
+from foveate.core.places import Head, named_layer, some_heads
 from foveate.core.rows import RowBlock
 from foveate.steer._acting import acting
 
@@ -90,6 +90,9 @@ class Sharpen(Edit):
         {"power": 1.5, "offset": 0.0, "heads": ((1, 0), (0, 2), (1, 3))},
         {"offset": 0.5, "sink": 4},
     )
+
+    def acts(self, layer: int) -> bool:
+        return named_layer(layer, (), self.heads)
 
     def edit(
         self, block: RowBlock, weights: Float[Tensor, "batch heads rows keys"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
-from foveate.core.places import Head, Span, some_heads, some_indices, some_spans
+from foveate.core.places import Head, Span, named_layer, some_heads, some_indices, some_spans
 from foveate.core.rows import RowBlock
 from foveate.steer._sinks import beginning, chosen, moved
 
@@ -96,6 +96,9 @@ class SinkRedistribution(Edit):
     def miniature(self) -> SinkRedistribution:
         """A region in a text of a dozen tokens that all rows behind it look into, and sinks that they have."""
         return replace(self, span=((1, 6),), centric=0.0, least=0.0, threshold=min(self.threshold, 1.05))
+
+    def acts(self, layer: int) -> bool:
+        return named_layer(layer, self.layers, self.heads)
 
     def edit(
         self, block: RowBlock, weights: Float[Tensor, "batch heads rows keys"]
