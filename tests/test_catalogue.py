@@ -13,7 +13,7 @@ import pytest
 import foveate
 from foveate import catalogue
 from foveate.core.errors import BadInput, UnknownName
-from foveate.core.mechanism import HeadEdit
+from foveate.core.mechanism import HeadEdit, PromptEdit
 from foveate.core.registry import find, names
 
 # an example stands two columns in from the edge of a terminal
@@ -33,7 +33,8 @@ def test_every_mechanism_has_an_example_that_runs(name: str) -> None:
     examples = doctest.DocTestParser().get_examples(text)
     assert examples, f"{name} has no section `Example:` with a doctest in its docstring"
     assert any(e.want for e in examples), "an example shows what comes out"
-    assert "foveate.attach(" in text or ".measure(" in text, "an example goes through the public door"
+    doors = ("foveate.attach(", ".measure(", *([").edit("] if issubclass(find(name), PromptEdit) else []))
+    assert any(door in text for door in doors), "an example goes through the public door"
     assert f"import {find(name).__name__}" in text, "an example can be copied as it stands"
     assert max(map(len, text.splitlines())) <= WIDTH
     assert catalogue.read(find(name)).example_shows.endswith("."), "an example says what there is to see"

@@ -38,6 +38,7 @@ class Arithmetic:
         shots: Solved examples before the question.
 
     Example:
+        >>> from foveate.probe import Arithmetic
         >>> example = Arithmetic().examples(1)[0]
         >>> print(example.prompt)
         78 + 23 = 101

@@ -70,6 +70,7 @@ class ColouredObjects:
     token in more vocabularies.
 
     Example:
+        >>> from foveate.probe import ColouredObjects
         >>> print(ColouredObjects().examples(1)[0].prompt)
         Q: On the desk, I see a yellow jug, a black bowl, and a brown plate. What color is the bowl?
         A: Black

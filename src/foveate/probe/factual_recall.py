@@ -182,6 +182,7 @@ class FactualRecall:
         shots: Sentences with their answers before the question, of the same relation and about other countries.
 
     Example:
+        >>> from foveate.probe import FactualRecall
         >>> example = FactualRecall(relations=("capital",)).examples(1)[0]
         >>> example.prompt, example.choices[example.answer], example.corrupted
         ('The capital city of Germany is', ' Berlin', 'The capital city of Romania is')

@@ -141,6 +141,7 @@ class IndirectObject:
     answer is the other choice.
 
     Example:
+        >>> from foveate.probe import IndirectObject
         >>> example = IndirectObject().examples(1)[0]
         >>> example.prompt
         'When John and Jeff were at the restaurant, Jeff decided to give a ring to'

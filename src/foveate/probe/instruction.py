@@ -88,6 +88,7 @@ class Instruction:
         text: What to fill with; None takes `default_text()`. Each example starts at another place of it.
 
     Example:
+        >>> from foveate.probe import Instruction
         >>> emphasised = Instruction(distractors=2).examples(1)[0]
         >>> print(emphasised.example.prompt)
         The bird of Martin is brown.

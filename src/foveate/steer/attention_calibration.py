@@ -40,7 +40,7 @@ class AttentionCalibration(Edit):
 
     Example:
         Where a head looks at up to eight tokens alike, each has more than 0.12: all but the first are sinks, and it
-        gets what they give.
+        gets what they give. Heads that look at one token only have nobody to give to, and stay.
 
         >>> import foveate
         >>> from foveate.measure import FirstTokenMass
@@ -53,8 +53,6 @@ class AttentionCalibration(Edit):
         ...     handmade.named(attached.results.heads, "first_token_mass")
         {'first': 1.0, 'previous': 0.17, 'self': 0.08, 'average': 0.26}
         {'first': 1.0, 'previous': 0.17, 'self': 0.08, 'average': 0.7}
-
-        The heads that look at one token only have no weight on others that would say how to share, and stay.
     """
 
     factor: float = bounded(0.4, 0.0, 1.0, grid=(0.0, 0.2, 0.4, 0.6, 0.8))

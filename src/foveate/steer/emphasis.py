@@ -55,7 +55,8 @@ class Emphasis(Edit):
         >>> from foveate.steer import Emphasis
         >>> from foveate.testing import handmade
         >>> model, spans = handmade.model(), SpanMass((("abc", 0, 4), ("d", 4, 5)))
-        >>> with foveate.attach(model, Emphasis(((0, 4),), strength=math.log(2)), spans) as attached:
+        >>> twice = Emphasis(((0, 4),), strength=math.log(2))
+        >>> with foveate.attach(model, twice, spans) as attached:
         ...     _ = model(handmade.ids("abcd"))
         >>> handmade.named(attached.results.heads, "span_mass:d>abc")
         {'first': 1.0, 'previous': 1.0, 'self': 0.0, 'average': 0.89}

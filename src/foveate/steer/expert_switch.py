@@ -53,10 +53,12 @@ class ExpertSwitch(ExpertEdit):
         >>> from foveate.steer.expert_switch import ExpertSwitch, choice_rates
         >>> from foveate.testing import tiny
         >>> model, tokenizer = tiny.model("mixtral"), tiny.tokenizer()
-        >>> [round(rate, 1) for rate in choice_rates(model, tokenizer, ["to be or not to be"])[1].tolist()]
+        >>> texts = ["to be or not to be"]
+        >>> rates = choice_rates(model, tokenizer, texts)[1].tolist()
+        >>> [round(rate, 1) for rate in rates]
         [0.7, 0.3, 0.4, 0.6]
         >>> with foveate.attach(model, ExpertSwitch(off=((1, 2),), on=((1, 3),))):
-        ...     rates = choice_rates(model, tokenizer, ["to be or not to be"])[1].tolist()
+        ...     rates = choice_rates(model, tokenizer, texts)[1].tolist()
         >>> [round(rate, 1) for rate in rates]
         [0.8, 0.2, 0.0, 1.0]
     """

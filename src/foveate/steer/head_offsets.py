@@ -47,7 +47,8 @@ class HeadOffsets(HeadEdit):
         >>> from foveate.steer import HeadOffsets
         >>> from foveate.testing import handmade, tiny
         >>> model, tokenizer = handmade.model(), tiny.tokenizer()
-        >>> made = HeadOffsets.fit(model, tokenizer, [("abcab", "?")], heads=((1, 2),), epochs=30, rates=(0.1, 0.1))
+        >>> how = {"heads": ((1, 2),), "epochs": 30, "rates": (0.1, 0.1)}
+        >>> made = HeadOffsets.fit(model, tokenizer, [("abcab", "?")], **how)
         >>> with foveate.attach(model, made):
         ...     tokenizer.decode(model(handmade.ids("abcab")).logits[0, -1].argmax())
         '?'

@@ -49,6 +49,10 @@ class HeadReinforcement(HeadEdit):
         >>> made = HeadReinforcement.fit(model, {"input_ids": text}, span=((3, 4),))
         >>> [handmade.HEADS[layer][head] for layer, head in made.heads]
         ['average', 'induction']
+        >>> plain = model(text).logits[0, -1].max()
+        >>> with foveate.attach(model, made):
+        ...     bool(model(text).logits[0, -1].max() > plain)
+        True
     """
 
     factor: float = bounded(2.0, 0.0, 100.0, grid=(1.25, 1.5, 2.0, 3.0))

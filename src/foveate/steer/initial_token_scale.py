@@ -42,7 +42,8 @@ class InitialTokenScale(Edit):
         >>> from foveate.steer import InitialTokenScale
         >>> from foveate.testing import handmade
         >>> model = handmade.model()
-        >>> with foveate.attach(model, InitialTokenScale(3.0), FirstTokenMass()) as attached:
+        >>> both = InitialTokenScale(3.0), FirstTokenMass()
+        >>> with foveate.attach(model, *both) as attached:
         ...     _ = model(handmade.ids("hello world"))
         >>> handmade.named(attached.results.heads, "first_token_mass")
         {'first': 1.0, 'previous': 0.17, 'self': 0.08, 'average': 0.44}

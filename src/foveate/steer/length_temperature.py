@@ -47,7 +47,8 @@ class LengthTemperature(Edit):
         >>> from foveate.testing import handmade
         >>> model = handmade.model()
         >>> for more in ((), (LengthTemperature(trained=2),)):
-        ...     with foveate.attach(model, Temperature(100.0), *more, FirstTokenMass()) as attached:
+        ...     edits = Temperature(100.0), *more, FirstTokenMass()
+        ...     with foveate.attach(model, *edits) as attached:
         ...         _ = model(handmade.ids("abcdefghij"))
         ...     handmade.named(attached.results.heads, "first_token_mass")["first"]
         0.73

@@ -40,11 +40,13 @@ class MeanAblation(HeadEdit):
         >>> from foveate.steer import MeanAblation
         >>> from foveate.testing import handmade
         >>> model, text = handmade.model(), handmade.ids("hello world")
-        >>> made = MeanAblation.fit(model, {"input_ids": text}, heads=((0, 0), (0, 2)))
+        >>> heads = ((0, 0), (0, 2))
+        >>> made = MeanAblation.fit(model, {"input_ids": text}, heads=heads)
         >>> before = head_outputs(model, input_ids=text)[0]
         >>> with foveate.attach(model, made, trial=False):
         ...     after = head_outputs(model, input_ids=text)[0]
-        >>> [round(float((before - after)[0, head].abs().max()), 2) + 0.0 for head in range(4)]
+        >>> gap = (before - after)[0].abs().amax((1, 2)).tolist()
+        >>> [round(by, 2) + 0.0 for by in gap]
         [0.0, 0.0, 0.92, 0.0]
     """
 

@@ -35,7 +35,8 @@ class RepeatContext(PromptEdit):
         The question goes in front, so that the passage is read with it in mind.
 
         >>> from foveate.steer import RepeatContext
-        >>> print(RepeatContext().edit("Ann has the key. Bob has the box.\nQuestion: Who has the key?"))
+        >>> text = "Ann has the key. Bob has the box.\nQuestion: Who has the key?"
+        >>> print(RepeatContext().edit(text))
         Question: Who has the key? Ann has the key. Bob has the box.
         Ann has the key. Bob has the box.
         Question: Who has the key?

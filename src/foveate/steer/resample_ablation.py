@@ -92,8 +92,10 @@ class ResampleAblation(HeadEdit):
         >>> from foveate.testing import handmade, tiny
         >>> model, says = handmade.model(), tiny.tokenizer().decode
         >>> clean, other = handmade.ids("xyzxy"), handmade.ids("xywxy")
-        >>> says(model(clean).logits[0, -1].argmax()), says(model(other).logits[0, -1].argmax())
-        ('z', 'w')
+        >>> for text in (clean, other):
+        ...     says(model(text).logits[0, -1].argmax())
+        'z'
+        'w'
         >>> patch = ResampleAblation.fit(model, {"input_ids": other}, heads=((1, 2),))
         >>> with foveate.attach(model, patch):
         ...     says(model(clean).logits[0, -1].argmax())

@@ -53,7 +53,8 @@ class Sharpen(Edit):
         >>> from foveate.testing import handmade
         >>> model = handmade.model()
         >>> for more in ((), (Sharpen(sink=0),)):
-        ...     with foveate.attach(model, Temperature(100.0), *more, FirstTokenMass()) as attached:
+        ...     edits = Temperature(100.0), *more, FirstTokenMass()
+        ...     with foveate.attach(model, *edits) as attached:
         ...         _ = model(handmade.ids("abcdefghij"))
         ...     handmade.named(attached.results.heads, "first_token_mass")
         {'first': 0.73, 'previous': 0.22, 'self': 0.14, 'average': 0.27}

@@ -54,9 +54,11 @@ class ShiftVectors(ResidualEdit):
         >>> model, tokenizer = handmade.model(), tiny.tokenizer()
         >>> column = handmade.SAID.start + tokenizer.get_vocab()["z"]
         >>> say_z = tuple(float(n == column) for n in range(model.config.n_embd))
-        >>> with foveate.attach(model, ShiftVectors(((1, say_z),), strength=5.0, span=((3, 6),))):
+        >>> shift = ShiftVectors(((1, say_z),), strength=5.0, span=((3, 6),))
+        >>> with foveate.attach(model, shift):
         ...     said = model(handmade.ids("hello")).logits.argmax(-1)[0]
-        >>> "".join(c if c == "z" else "." for c in tokenizer.convert_ids_to_tokens(said))
+        >>> letters = tokenizer.convert_ids_to_tokens(said)
+        >>> "".join(c if c == "z" else "." for c in letters)
         '...zzz'
     """
 

@@ -40,7 +40,8 @@ class Temperature(Edit):
         >>> from foveate.steer import Temperature
         >>> from foveate.testing import handmade
         >>> model = handmade.model()
-        >>> with foveate.attach(model, Temperature(100.0), FirstTokenMass()) as attached:
+        >>> both = Temperature(100.0), FirstTokenMass()
+        >>> with foveate.attach(model, *both) as attached:
         ...     _ = model(handmade.ids("ab"))
         >>> handmade.named(attached.results.heads, "first_token_mass")
         {'first': 0.93, 'previous': 0.66, 'self': 0.38, 'average': 0.61}
