@@ -168,7 +168,7 @@ def test_a_compressed_cache_goes_on_in_the_next_turn(model):
         model(input_ids=ids[:, 30:31], past_key_values=cache)
     with foveate.attach(model, Entropy()) as attached:
         got = model(input_ids=ids[:, 30:31], past_key_values=cache).logits
-    with foveate.attach(model, HideDropped(([held], [1]))):
+    with foveate.attach(model, HideDropped(([held], [1])), trial=False):
         full = model(input_ids=ids[:, :30], use_cache=True)
     assert attached.results["entropy"].notna().all().all()
     del full
@@ -186,7 +186,7 @@ def test_metrics_see_original_positions(model):
         with foveate.attach(model, Entropy()) as inner:
             model(input_ids=ids[:, 30:31], past_key_values=cache)
     plain = DynamicCache(config=model.config)
-    with foveate.attach(model, HideDropped((kept, now := [0]))):
+    with foveate.attach(model, HideDropped((kept, now := [0])), trial=False):
         model(input_ids=ids[:, :30], past_key_values=plain)
         now[0] = 1
         with foveate.attach(model, Entropy()) as want:

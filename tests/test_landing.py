@@ -365,7 +365,7 @@ def test_experts_are_reached_and_let_go() -> None:
 
 def test_a_model_without_experts_says_so() -> None:
     with (
-        pytest.raises(NotLanded, match="NoExpert changes nothing in any layer"),
+        pytest.raises(NotSupported, match="has no experts to choose from"),
         attach(tiny.model("llama"), NoExpert()),
     ):
         pass
