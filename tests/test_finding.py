@@ -91,7 +91,10 @@ def test_a_span_edit_asks_where(model: Any) -> None:
 def test_the_response_is_the_derivative(model: Any, edit: Any) -> None:
     prepared = prepare(tiny.tokenizer(), examples(6))
     found = responses(model, [(edit, prepared)])
-    loss = lambda s: -float(np.log(s.probability).mean())  # noqa: E731
+
+    def loss(s: Any) -> float:
+        return -float(np.log(s.probability).mean())
+
     before = loss(score(model, None, prepared))
     for head in ((0, 1), (1, 2)):
         one = replace(edit, factor=1.0, heads=((*head, 1.001),))

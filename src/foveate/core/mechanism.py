@@ -162,9 +162,9 @@ class Tilt:
 class Edit(Mechanism):
     """Changes the rows of a running model.
 
-    Of the three methods that change something, `tilt` costs next to nothing, on any engine; `edit_scores` and `edit`
-    see whole rows. They act in this order: tilts, scores, weights; in each, the edits in the order in which they are
-    attached.
+    Of the three methods that change something, `tilt` costs least: the CPU kernel adds it to the scores on the way, row
+    blocks do where that kernel is not at hand; `edit_scores` and `edit` always see whole rows. They act in this order:
+    tilts, scores, weights; in each, the edits in the order in which they are attached.
     """
 
     def needs(self) -> tuple[Reduction, ...]:
