@@ -415,7 +415,7 @@ class Attached:
         )
         self.calls_seen()
         for _, _, m in mechanisms:
-            if isinstance(m, HeadEdit):
+            if isinstance(m, HeadEdit) and m.acts(view.layer.index):
                 rows.out = m.edit(rows, rows.out)
         if self.trial is not None:
             self.trial.called(view, rows.out, [m for _, _, m in mechanisms])

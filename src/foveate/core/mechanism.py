@@ -67,6 +67,10 @@ class Mechanism:
             return module[-1]
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    def acts(self, layer: int) -> bool:
+        """Whether it changes anything in this layer: where none does, nothing is laid out for it."""
+        return True
+
     def miniature(self) -> Mechanism:
         """The same on a text of a dozen tokens, which `attach` tries it on: spans near the start, low thresholds."""
         return self
@@ -170,10 +174,6 @@ class Edit(Mechanism):
     def needs(self) -> tuple[Reduction, ...]:
         """Reductions of the unedited rows that the edit must know first; the engine runs a first pass for them."""
         return ()
-
-    def acts(self, layer: int) -> bool:
-        """Whether it changes anything in this layer: whole rows are laid out only where one does."""
-        return True
 
     def tilt(self, view: View) -> Tilt | None:
         """A factor on the scores of each row and a bias on each key; None where this call is left alone."""

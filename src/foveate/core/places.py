@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.core.errors import BadInput
 from foveate.core.params import Bounds, bounds_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
@@ -338,9 +340,25 @@ def heads_of(heads: tuple[Head, ...], layer: int, count: int) -> list[int] | Non
 
 
 def factors(common: float, values: tuple[Value, ...], layer: int, heads: int, like: Tensor) -> Tensor:
-    """One number per head of a layer: the common one, unless a head has its own. [heads], on the device of `like`."""
-    made = like.new_full((heads,), common, dtype=like.dtype if like.dtype.is_floating_point else None)
-    for at, head, value in values:
-        if at == layer and head < heads:
+    """One number per head of a layer: the common one, unless a head has its own. [heads], on the device of `like`.
+
+    Not to be changed in place: what is asked for again is the same tensor.
+    """
+    own = tuple((head, value) for at, head, value in values if at == layer and head < heads)
+    return factors_of(common, own, heads, like.dtype, like.device)
+
+
+@lru_cache(maxsize=4096)
+def factors_of(
+    common: float, own: tuple[tuple[int, float], ...], heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same, made once: decoding asks for it in every layer and at every token."""
+    # what only lists mechanisms does not wait for torch
+    import torch
+
+    # a tensor of inference mode could take no part in a backward pass later
+    with torch.inference_mode(False):
+        made = torch.full((heads,), common, dtype=dtype, device=device)
+        for head, value in own:
             made[head] = value
-    return made
+        return made

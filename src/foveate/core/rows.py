@@ -35,7 +35,7 @@ __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
 Engine = Literal["auto", "reference", "blocks", "fused", "native", "sdpa"]
 SOFTMAX = Softmax()
 # larger blocks leave the cache between one stage and the next
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 # what `View` works out from the shapes when it is not given
 DERIVED: Any = None
 
@@ -329,7 +329,7 @@ def attend(
         edits: Row edits in the order in which they act, tilts before all others; reductions see the edited weights.
         pattern: `select(view)` of a pattern: which key blocks each row block visits.
         engine: Which way; "auto" takes the cheapest that can do what is asked.
-        block: Rows per block; default: as many as fit in 8 MB of weights.
+        block: Rows per block; default: as many as fit in 4 MB of weights.
         dtype: Precision of the row blocks; default float32, or float64 if the inputs are.
 
     Returns:
@@ -437,7 +437,8 @@ def choose(view: View, reductions: Sequence[Reduction], plain: bool, dtype: torc
     """The cheapest way that can do what is asked."""
     if not plain or dtype is not None or view.q.dtype == torch.float64:
         return "blocks"
-    if view.tilt is not None and not REFUSALS["native"](view, reductions):
+    # one row's mask is as small as its scores: the framework's kernel starts faster than ours
+    if view.tilt is not None and view.queries > 1 and not REFUSALS["native"](view, reductions):
         return "native"
     if not reductions and not REFUSALS["sdpa"](view, reductions):
         return "sdpa"
@@ -470,10 +471,11 @@ def sdpa_refuses(view: View, reductions: Sequence[Reduction]) -> str:
 def sdpa(view: View) -> Float[Tensor, "batch heads query value_dim"]:
     """The framework's own attention, called as the model would have called it."""
     mask, extra = None, {}
-    if not view.mask.plain or view.tilt is not None:
+    if not view.mask.plain or (view.tilt is not None and view.mask.plain != "full"):
         mask = view.mask.additive(torch.arange(view.queries, device=view.q.device), 0, view.keys).to(view.q.dtype)
     if view.tilt is not None:
-        mask = mask + by_tilt(view.tilt, view.queries).to(mask.dtype)
+        tilt = by_tilt(view.tilt, view.queries).to(view.q.dtype)
+        mask = tilt if mask is None else mask + tilt
     if view.bias is not None:
         mask = view.bias if mask is None else view.bias + mask
         if view.mask.plain == "causal":

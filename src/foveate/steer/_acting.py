@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -20,6 +22,14 @@ def acting(heads: tuple[Head, ...], view: View) -> Bool[Tensor, " #heads"] | Non
     named = heads_of(heads, view.layer.index, view.heads)
     if view.layer.cross or named == []:
         return None
-    made = torch.zeros(view.heads if named else 1, dtype=torch.bool, device=view.q.device)
-    made[named or slice(None)] = True
-    return made
+    return marked(tuple(named or ()), view.heads, view.q.device)
+
+
+@lru_cache(maxsize=4096)
+def marked(named: tuple[int, ...], heads: int, device: torch.device) -> Bool[Tensor, " #heads"]:
+    """The named heads, or one True for all where none is; made once, since decoding asks at every token."""
+    # a tensor of inference mode could take no part in a backward pass later
+    with torch.inference_mode(False):
+        made = torch.zeros(heads if named else 1, dtype=torch.bool, device=device)
+        made[list(named) or slice(None)] = True
+        return made

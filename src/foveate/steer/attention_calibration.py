@@ -22,7 +22,7 @@ from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
 from foveate.core.places import Head, named_layer, some_heads, some_indices
 from foveate.core.rows import RowBlock
-from foveate.steer._sinks import beginning, chosen, moved
+from foveate.steer._sinks import beginning, chosen, gains
 
 __all__ = ["AttentionCalibration"]
 
@@ -101,6 +101,12 @@ class AttentionCalibration(Edit):
         here = chosen(self.heads, self.layers, block)
         if here is None:
             return weights
-        sinks = (weights > self.threshold) & ~beginning(block, self.spared) & here
-        taken = torch.where(sinks, weights, 0.0)
-        return moved(weights, taken, weights - taken, 1 - self.factor)
+        front, spared = beginning(block, self.spared)
+        sinks = weights > self.threshold
+        sinks[..., front] &= ~spared
+        if self.heads:
+            sinks &= here
+        # what the others hold is summed up itself: a difference would not be 0 where there is none
+        held = torch.where(sinks, 0.0, weights).sum(-1, keepdim=True)
+        gain = gains((1 - self.factor) * (weights.sum(-1, keepdim=True) - held), held)
+        return weights * torch.where(sinks, torch.where(gain > 0, self.factor, 1.0), 1 + gain)

@@ -18,7 +18,7 @@ from torch import Tensor
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import HeadEdit
 from foveate.core.params import bounded
-from foveate.core.places import Value, factors, values_of
+from foveate.core.places import Value, factors, named_layer, values_of
 from foveate.core.rows import Rows
 
 __all__ = ["HeadScale"]
@@ -76,6 +76,9 @@ class HeadScale(HeadEdit):
     def sets(self) -> frozenset[tuple]:
         """Heads that are taken out."""
         return frozenset(("layer", layer, "head", head) for layer, head, factor in self.heads if factor == 0)
+
+    def acts(self, layer: int) -> bool:
+        return self.factor != 1 or named_layer(layer, (), tuple((at, head) for at, head, _ in self.heads))
 
     def edit(
         self, rows: Rows, out: Float[Tensor, "batch heads query value_dim"]

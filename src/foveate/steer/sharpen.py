@@ -103,21 +103,27 @@ class Sharpen(Edit):
         if heads is None or not p.shape[3]:
             return weights
         # the first tokens of its text are no keys of the row that is re-weighted
-        mask, at = view.mask, torch.arange(block.first, block.last, device=p.device)
+        mask = view.mask
         starts = mask.starts.where(mask.starts >= 0, mask.text_begin[:, None])
         rest = starts[:, block.index, None] + self.sink
-        kept = (at < rest)[:, None]
-        n = (mask.high[:, block.index, None] - torch.maximum(mask.low[:, block.index, None], rest)).clamp_min(1)[
-            :, None
-        ]
-        q = p.masked_fill(kept, 0.0)
+        n = mask.high[:, block.index, None] - torch.maximum(mask.low[:, block.index, None], rest)
+        n = n.clamp_min(1)[:, None]
+        # they stand in front, and only that part is masked: every pass over whole rows is dear
+        front = slice(0, max(0, int(rest.max()) - block.first))
+        kept = (torch.arange(block.first, block.last, device=p.device)[front] < rest)[:, None]
+        left = p[..., front].masked_fill(kept, 0.0)
+        behind = p[..., front.stop :]
         # o in shares of the uniform weight; what is over it in shares of the largest, whose power cannot overflow
-        uniform = q.sum(-1, keepdim=True) / n
+        uniform = (left.sum(-1, keepdim=True) + behind.sum(-1, keepdim=True)) / n
         o = torch.where(n <= FEW, 0.0, self.offset) * uniform
-        top = q.amax(-1, keepdim=True) - o
+        top = torch.cat([part.amax(-1, keepdim=True) for part in (left, behind) if part.shape[3]], -1)
+        top = top.amax(-1, keepdim=True) - o
         sharp = top > UNIFORM * uniform
         top = top.where(sharp, 1.0)
-        f = torch.addcmul(-o / top, q, 1 / top).relu() ** self.power
+        f = torch.addcmul(-o / top, p, 1 / top).relu() ** self.power
+        f[..., front] = f[..., front].masked_fill(kept, 0.0)
         total = f.sum(-1, keepdim=True).where(sharp, 1.0)
-        new = torch.where(kept | ~sharp, p, f * (n * uniform / total))
-        return torch.where(heads[:, None, None], new, p) if self.heads else new
+        new = f * (n * uniform / total)
+        new[..., front] = torch.where(kept, p[..., front], new[..., front])
+        acts = sharp & heads[:, None, None]
+        return new if bool(acts.all()) else torch.where(acts, new, p)

@@ -24,7 +24,7 @@ from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
 from foveate.core.places import Head, Span, named_layer, some_heads, some_indices, some_spans
 from foveate.core.rows import RowBlock
-from foveate.steer._sinks import beginning, chosen, moved
+from foveate.steer._sinks import SOME, beginning, chosen, gains
 
 __all__ = ["SinkRedistribution"]
 
@@ -109,14 +109,22 @@ class SinkRedistribution(Edit):
         view, mask = block.view, block.view.mask
         region = view.inside(self.span, mask.key_place)[:, None, None, block.first : block.last]
         behind = view.inside(tuple((b, torch.iinfo(torch.int32).max) for _, b in self.span), mask.place)
-        sinks = (weights > self.threshold / seen(block)) | beginning(block, 1)
+        sinks = weights > self.threshold / seen(block)
+        front, first = beginning(block, 1)
+        sinks[..., front] |= first
         taken = torch.where(sinks, weights, 0.0)
-        clear = torch.where(region & ~sinks, weights, 0.0)
+        # the region is a few columns of the block, and only these are looked at for it
+        columns = region.any(0)[0, 0].nonzero()[:, 0]
+        at = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+        clear = torch.where(region[..., at] & ~sinks[..., at], weights[..., at], 0.0)
         contents = clear.sum(-1, keepdim=True)
-        inside = contents + torch.where(region, taken, 0.0).sum(-1, keepdim=True)
+        inside = contents + torch.where(region[..., at], taken[..., at], 0.0).sum(-1, keepdim=True)
         centric = (inside >= self.least) & (contents >= self.centric * inside)
-        acts = here & centric & behind[:, None, block.index, None]
-        return moved(weights, taken, clear, torch.where(acts, self.portion, 0.0))
+        acts = here & centric & behind[:, None, block.index, None] & (contents > SOME)
+        share = torch.where(acts, self.portion, 0.0)
+        new = torch.addcmul(weights, taken, share, value=-1)
+        new[..., at] += clear * gains(share * taken.sum(-1, keepdim=True), contents)
+        return new
 
 
 def seen(block: RowBlock) -> Tensor:
