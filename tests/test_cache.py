@@ -85,10 +85,10 @@ def test_a_model_called_bare_gets_a_cache(model):
 
 
 def test_two_policies_are_refused(model):
-    with pytest.raises(BadInput, match="one KV policy"), foveate.attach(model, Streaming(), KeyNorm()):
+    with pytest.raises(BadInput, match="both say which"), foveate.attach(model, Streaming(), KeyNorm()):
         pass
     with foveate.attach(model, Streaming()):
-        with pytest.raises(BadInput, match="one KV policy"), foveate.attach(model, KeyNorm()):
+        with pytest.raises(BadInput, match="both say which"), foveate.attach(model, KeyNorm()):
             pass
         model(input_ids=ids_of())
 

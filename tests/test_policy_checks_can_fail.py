@@ -77,8 +77,8 @@ def test_bytes_held_is_caught(monkeypatch):
 def test_bytes_that_are_not_freed_are_caught(monkeypatch):
     packed = ragged.Ragged.packed.__func__
 
-    def keeps_room(cls, keys, values, position, score, length, spare=None):
-        return packed(cls, keys, values, position, score, length, 200)
+    def keeps_room(cls, keys, values, position, score, length, spare=None, *more):
+        return packed(cls, keys, values, position, score, length, 200, *more)
 
     monkeypatch.setattr(ragged.Ragged, "packed", classmethod(keeps_room))
     with pytest.raises(CheckFailed, match="bytes_held"):

@@ -36,9 +36,10 @@ from foveate.core.mechanism import (
     Policy,
     PromptEdit,
     ResidualEdit,
+    Tilt,
 )
 from foveate.core.places import check_places, spans_of
-from foveate.core.policy import compress
+from foveate.core.policy import Policies, chosen, compress
 from foveate.core.reductions import Match, Reduction
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
@@ -69,7 +70,8 @@ def attach(
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
-        mechanisms: Metrics, edits of any kind but those of prompts, patterns and at most one KV policy.
+        mechanisms: Metrics, edits of any kind but those of prompts, at most one pattern, and KV policies that do not do
+            the same.
         engine: Which way of the row engine to use.
         trial: The small input, as arguments of the model; True makes one, False leaves the trial out.
 
@@ -145,10 +147,10 @@ def has_its_parts(
 
 def agree(mechanisms: list[Mechanism]) -> None:
     """Raises `BadInput` where two mechanisms contradict each other."""
-    for kind, one in ((Policy, "KV policy"), (Pattern, "pattern")):
-        found = [m for m in mechanisms if isinstance(m, kind)]
-        if len(found) > 1:
-            raise BadInput(f"one {one} at a time; {len(found)} are attached: {found}")
+    Policies.of([m for m in mechanisms if isinstance(m, Policy)])
+    patterns = [m for m in mechanisms if isinstance(m, Pattern)]
+    if len(patterns) > 1:
+        raise BadInput(f"one pattern at a time; {len(patterns)} are attached: {patterns}")
     seen: dict[tuple, Mechanism] = {}
     for m in mechanisms:
         for place in sorted(m.sets(), key=str):
@@ -372,30 +374,30 @@ class Attached:
     def look_back(
         self, cache: RaggedLayer, view: Callable[..., View], key: Tensor, value: Tensor, mask: Mask
     ) -> Tensor:
-        """Attention over a ragged cache and what came with the call; then the policy has its say."""
-        policy, layers = self.policy, ragged_layers(self.cache())
-        first, rows = not cache.filled, None
+        """Attention over a ragged cache and what came with the call; then the policies have their say."""
+        policies, layers = self.policies, ragged_layers(self.cache())
+        first, rows, at = not cache.filled, None, layers.index(cache)
         call = view(key, value, mask if first else Mask.full(key.shape[2], key.shape[2]))
         if first:
-            rows = self.run(call, policy)
+            rows = self.run(call, policies)
             out = rows.out
         else:
             cache.settle(mask.valid)
             store = cache.store
+            only = chosen(policies.read, layers, at, call, mask)
             if self.idle and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
                 self.calls_seen()
-                out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks)
+                out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks, only)
             else:
-                out = self.run(view(*store.by_position(mask, call.grouped))).out
-        at = layers.index(cache)
-        if policy is None:
-            cache.settle(mask.valid)
-        else:
-            compress(policy, layers, at, call, mask, rows)
+                k, v, holes = store.by_position(mask, call.grouped, only)
+                mass = store.bias(mask)
+                tilt = None if mass is None else Tilt(bias=mass.repeat_interleave(call.grouped, 1))
+                out = self.run(view(k, v, holes, tilt=tilt)).out
+        compress(policies, layers, at, call, mask, rows)
         self.holding[at] = cache.bytes_held()
         return out
 
-    def run(self, view: View, policy: Policy | None = None) -> Rows:
+    def run(self, view: View, policies: Policies | None = None) -> Rows:
         """One pass of the row engine for the whole stack; its head outputs are edited."""
         everyone = self.stack()
         if self.trail is not None and not view.layer.cross:
@@ -405,7 +407,7 @@ class Attached:
             (a, n, m) for a, n, m in mechanisms if isinstance(m, Metric) and all(can(r, view) for r in m.needs())
         ]
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
-        asked = () if policy is None or policy.limits.whole else policy.needs()
+        asked = () if policies is None else policies.needs()
         rows = attend_rows(
             view,
             [*(r for _, _, m in metrics for r in m.needs()), *asked],
@@ -436,9 +438,14 @@ class Attached:
     # ------------------------------------------------------------ the cache
 
     @property
-    def policy(self) -> Policy | None:
-        """The KV policy of the stack, if there is one."""
-        return next((m for m in self.stacked() if isinstance(m, Policy)), None)
+    def policies(self) -> Policies:
+        """The KV policies of the stack as one."""
+        return Policies.of([m for m in self.stacked() if isinstance(m, Policy)])
+
+    @property
+    def compresses(self) -> bool:
+        """Whether there is a KV policy in the stack."""
+        return any(isinstance(m, Policy) for m in self.stacked())
 
     @property
     def idle(self) -> bool:
@@ -464,7 +471,7 @@ class Attached:
 
     def meet(self, cache: Any) -> None:
         """Takes over the cache that a call brings along, where a policy wants it or an earlier one has been there."""
-        if self.policy is None and not ragged_layers(cache):
+        if not self.compresses and not ragged_layers(cache):
             return
         adopt(cache, weakref.ref(self), self.model.config)
         if self.cache() is not cache:

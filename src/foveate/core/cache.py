@@ -8,6 +8,7 @@ prompt's keys that are not kept are never stored, and a call that fails leaves t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,8 @@ class RaggedLayer(CacheLayerMixin):
         self.waiting: Any = None
         self.watched = Watched()
         self.since = 0
+        # what a policy that chooses what is read keeps between two tokens, [batch, ...]
+        self.state: dict[str, Tensor] = {}
         self.is_initialized = False
 
     # ---------------------------------------------------------------- what transformers calls
@@ -133,6 +136,7 @@ class RaggedLayer(CacheLayerMixin):
             self.real = (self.real - gone).clamp_min(0)
         self.store = self.store.select(self.store.positions() < self.seen)
         self.watched = Watched()
+        self.state.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -152,6 +156,7 @@ class RaggedLayer(CacheLayerMixin):
             return
         self.store = self.store.rows(index)
         self.watched.rows(index)
+        self.state = {name: t[index] for name, t in self.state.items()}
         self.real = None if self.real is None else self.real[index]
 
     def offload(self) -> None:
@@ -166,7 +171,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def bytes_held(self) -> int:
         """Bytes of everything that stays between calls."""
-        extra = [t for t in (self.real, *(self.waiting or ())) if t is not None]
+        extra = [t for t in (self.real, *(self.waiting or ()), *self.state.values()) if t is not None]
         return (
             (0 if self.store is None else self.store.bytes_held())
             + self.watched.bytes_held()
@@ -180,8 +185,17 @@ class RaggedLayer(CacheLayerMixin):
         new = torch.full((len(k),), k.shape[2], device=k.device) if valid is None else valid.sum(1)
         return new if self.real is None else self.real + new
 
-    def settle(self, valid: Bool[Tensor, "batch new"] | None = None) -> None:
-        """Stores what came with the call, all of it; nothing when nothing did."""
+    def settle(
+        self,
+        valid: Bool[Tensor, "batch new"] | None = None,
+        store: Callable[[Tensor, int], Any] | None = None,
+    ) -> None:
+        """Stores what came with the call, all of it; nothing when nothing did.
+
+        Args:
+            valid: Which of its tokens are no padding.
+            store: Makes storage, where there is none yet; None: as tensors.
+        """
         if self.pending is None:
             return
         k, v = (t.detach() for t in self.pending)
@@ -190,7 +204,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.store is None:
             keep = torch.ones(batch, heads, new, dtype=torch.bool, device=k.device)
             keep = keep if valid is None else keep & valid[:, None]
-            self.store = Ragged.of_call(k, v, keep, torch.zeros(keep.shape, device=k.device))
+            self.store = Ragged.of_call(k, v, keep, torch.zeros(keep.shape, device=k.device), store=store)
         else:
             self.store = self.store.append(k, v, self.seen - new, valid)
         self.pending, self.real = None, real

@@ -173,7 +173,7 @@ def model_called(attached: Attached, module: torch.nn.Module, args: tuple, kwarg
     cache = args[at] if at < len(args) else kwargs.get("past_key_values")
     if cache is not None:
         attached.meet(cache)
-    elif attached.policy is not None and wants_cache(attached, module, kwargs):
+    elif attached.compresses and wants_cache(attached, module, kwargs):
         # the model would make one of its own inside, where nobody can reach it
         cache = new_cache(module.config)
         attached.meet(cache)

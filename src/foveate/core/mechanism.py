@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.core.accumulate import Cells, Estimate
 from foveate.core.budget import Amount, Budget
 from foveate.core.card import Card
+from foveate.core.errors import BadInput
 from foveate.core.params import check_bounds
 from foveate.core.places import within
 from foveate.core.reductions import Reduction
@@ -21,7 +22,7 @@ from foveate.core.reductions import Reduction
 if TYPE_CHECKING:
     import pandas as pd
 
-    from foveate.core.policy import Held
+    from foveate.core.policy import Held, Merged, Reading
     from foveate.core.rows import Layer, RowBlock, Rows, View
 
 __all__ = [
@@ -273,13 +274,27 @@ class Visits:
 
 
 class Policy(Mechanism):
-    """Says which keys a head keeps in its KV cache; its field `budget` says how many."""
+    """What is done with a KV cache: one or more of four things; each changes nothing unless a policy has it.
 
-    budget: Amount
+        score, pinned    which entries stay; the budget says how many, the others are freed
+        merge            what those that go leave behind in those that stay
+        store            in which form entries are kept
+        read             which entries a decoded token looks at, all others staying; the budget says how many
+
+    Policies with different ones may be attached together.
+    """
+
+    budget: Amount = 1.0
 
     def __post_init__(self) -> None:
         check_bounds(self)
         Budget.of(self.budget)
+
+    @cached_property
+    def parts(self) -> frozenset[str]:
+        """Which of the four it has."""
+        every = ("score", "merge", "store", "read")
+        return frozenset(part for part in every if getattr(type(self), part) is not getattr(Policy, part))
 
     @cached_property
     def limits(self) -> Budget:
@@ -287,8 +302,22 @@ class Policy(Mechanism):
         return Budget.of(self.budget)
 
     def within(self, budget: Amount) -> Policy:
-        """The same policy with another budget."""
+        """The same policy with another budget.
+
+        Raises:
+            BadInput: it has none.
+        """
+        if "budget" not in {f.name for f in fields(self)}:  # type: ignore[arg-type]
+            raise BadInput(
+                f"{type(self).__name__} drops nothing and has no budget; attach it beside a policy that says what stays"
+            )
         return replace(self, budget=budget)  # type: ignore[call-arg]
+
+    def counts(
+        self, seen: Int[Tensor, " batch"], layer: int, layers: int, kv_heads: int, entry_bytes: int
+    ) -> Int[Tensor, "batch kv_heads"]:
+        """Entries that each KV head of a layer may hold, or read; by default what the budget says."""
+        return self.limits.counts(seen, layer, layers, kv_heads, entry_bytes)
 
     def needs(self) -> tuple[Reduction, ...]:
         """Reductions over the rows since the last round of dropping that `score` reads."""
@@ -301,6 +330,18 @@ class Policy(Mechanism):
     def pinned(self, held: Held) -> Bool[Tensor, "batch kv_heads key"]:
         """Entries that stay before all others, besides those that the budget pins."""
         return torch.zeros_like(held.there)
+
+    def merge(self, held: Held, keep: Bool[Tensor, "batch kv_heads key"]) -> Merged:
+        """What the entries that stay are to be, now that the others go: new keys, values and masses."""
+        raise NotImplementedError
+
+    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> Any:
+        """Empty storage of so many slots for rows like these: a tensor, or a `Packed`."""
+        raise NotImplementedError
+
+    def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:
+        """Which entries each KV head looks at, without one twice, -1 behind the last; None: all."""
+        raise NotImplementedError
 
 
 class Pattern(Mechanism):

@@ -37,8 +37,8 @@ class _Call(ctypes.Structure):
         *_fields("within", POINTER(c_int32)),
         *_fields("match_query match_key", POINTER(c_void_p)),
         *_fields("match_query_stride match_key_stride", POINTER(c_int64)),
-        *_fields("sinks extra tilt tilted", c_void_p),
-        *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride", c_int64),
+        *_fields("sinks extra tilt tilted index", c_void_p),
+        *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride index_stride", c_int64),
         *_fields("scale softcap", c_double),
         *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
     )
@@ -106,6 +106,7 @@ def attend(
     sinks: Tensor | None = None,
     tilt: Tensor | None = None,
     tilted: Tensor | None = None,
+    index: Tensor | None = None,
     want_out: bool = True,
     want_entropy: bool = False,
     want_distance: bool = False,
@@ -134,6 +135,8 @@ def attend(
         sinks: [heads], one more logit per head that only takes part in the normalisation.
         tilt: [batch or 1, heads or 1, key], added to the scores after the soft cap; -inf takes a key out.
         tilted: bool [batch or 1, query], the rows that `tilt` is for; by default all.
+        index: int32 [batch or 1, key], which row of k and v each key is, the same for all heads; by default key j is
+            row j. All that counts keys counts these.
         want_out: Ask for the mixed values.
         want_entropy: Ask for the entropy of each row, in nats.
         want_distance: Ask for the mean distance in positions, weighted.
@@ -148,6 +151,11 @@ def attend(
     if library is None:
         raise RuntimeError("the native kernel was not built for this machine: check available() first")
     (batch, heads, queries, width), groups, keys, values = _shapes(q, k, v)
+    if index is not None:
+        rows_there, keys = keys, index.shape[-1]
+        index = _integers(index, "index", batch, keys)
+        if keys and (int(index.min()) < 0 or int(index.max()) >= rows_there):
+            raise ValueError(f"index must be from 0 to {rows_there - 1}")
     dtype = q.dtype
     q, k, v = (_rows(x) for x in (q, k, v))
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
@@ -226,12 +234,13 @@ def attend(
         tilt_batch_stride=0 if tilt is None else _step(tilt),
         tilt_head_stride=0 if tilt is None or tilt.shape[1] == 1 else tilt.stride(1),
         tilted_stride=0 if tilted is None else _step(tilted),
+        index_stride=0 if index is None else _step(index),
         scale=scale,
         softcap=softcap or 0.0,
     )
     pointers = {
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
-        **{"tilt": tilt, "tilted": tilted},
+        **{"tilt": tilt, "tilted": tilted, "index": index},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
         **{"out": out, "lse": lse, "entropy": entropy, "distance": distance},
         **{"within_mass": within_mass, "match_mass": match_mass, "extra_mass": extra_mass, "column": column},

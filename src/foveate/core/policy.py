@@ -1,11 +1,11 @@
-"""What a KV policy sees and what is done with its scores."""
+"""What a KV policy sees, and what is done with its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from foveate.core.cache import RaggedLayer
 from foveate.core.card import Needs
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
+from foveate.core.mechanism import Tilt
 from foveate.core.ragged import EMPTY, Ragged
 from foveate.core.reductions import Last
 from foveate.core.rows import Rows, View, attend
@@ -23,7 +24,59 @@ from foveate.core.rows import Rows, View, attend
 if TYPE_CHECKING:
     from foveate.core.mechanism import Policy
 
-__all__ = ["Held", "compress", "reads_rows"]
+__all__ = ["PARTS", "Held", "Merged", "Policies", "Reading", "chosen", "compress", "reads_rows"]
+
+# what policies can do, and how it is told
+PARTS = {
+    "score": "say which entries stay",
+    "merge": "say what the dropped leave behind",
+    "store": "say how entries are stored",
+    "read": "say which entries are read",
+}
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The policies of a stack as one: each part by whoever has it.
+
+    Args:
+        score: Which entries stay; None: all.
+        merge: What those that go leave behind; None: nothing.
+        store: In which form entries are kept; None: as the model makes them.
+        read: Which entries a decoded token looks at; None: all.
+    """
+
+    score: Policy | None = None
+    merge: Policy | None = None
+    store: Policy | None = None
+    read: Policy | None = None
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy]) -> Policies:
+        """From those that are attached.
+
+        Raises:
+            BadInput: two of them do the same.
+        """
+        found: dict[str, Policy] = {}
+        for policy in policies:
+            for part in sorted(policy.parts):
+                if part in found:
+                    raise BadInput(
+                        f"{type(found[part]).__name__} and {type(policy).__name__} both {PARTS[part]}; leave one of "
+                        "them out"
+                    )
+                found[part] = policy
+        return cls(**found)
+
+    @property
+    def limits(self) -> Budget:
+        """How much stays."""
+        return Budget(1.0) if self.score is None else self.score.limits
+
+    def needs(self) -> tuple[Any, ...]:
+        """Reductions that the choice reads."""
+        return () if self.score is None or self.limits.whole else self.score.needs()
 
 
 @dataclass(eq=False)
@@ -35,12 +88,14 @@ class Held:
         position: Original position of each entry; `EMPTY` where there is none.
         before: The score that the policy gave an entry the last time; 0 for one that is new.
         room: How many entries may stay; where heads compete, the even share.
+        mass: How many tokens each entry stands for; 1 unless entries were merged.
     """
 
     rows: Rows
     position: Int[Tensor, "batch kv_heads key"]
     before: Float[Tensor, "batch kv_heads key"]
     room: Int[Tensor, "batch kv_heads"]
+    mass: Float[Tensor, "batch kv_heads key"] | None = None
 
     @property
     def k(self) -> Float[Tensor, "batch kv_heads key dim"]:
@@ -75,32 +130,151 @@ class Held:
         return per_head.unflatten(1, (self.rows.view.kv_heads, -1))
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What entries are to be, now that others go; only those that stay are read from it.
+
+    Args:
+        k: Keys.
+        v: Values.
+        mass: How many tokens each stands for: its weight in a row is that of so many copies.
+    """
+
+    k: Float[Tensor, "batch kv_heads key dim"]
+    v: Float[Tensor, "batch kv_heads key value_dim"]
+    mass: Float[Tensor, "batch kv_heads key"]
+
+
+@dataclass(eq=False)
+class Reading:
+    """A decoded token in front of the cache of a layer, its own key among the entries.
+
+    Args:
+        view: The call: the query, scale, soft cap, learned sinks and layer. Its keys are those of the token alone.
+        mask: Which positions it sees.
+        layers: The layers of the cache.
+        at: Which of them this is.
+        room: How many entries may be read.
+        budget: The budget in full; its sinks and recent tokens are always read.
+    """
+
+    view: View
+    mask: Mask
+    layers: Sequence[RaggedLayer]
+    at: int
+    room: Int[Tensor, "batch kv_heads"]
+    budget: Budget
+
+    @property
+    def store(self) -> Ragged:
+        """The entries as they are stored."""
+        return self.layers[self.at].store
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the policy keeps of this layer between two tokens; tensors [batch, ...], forgotten when entries move."""
+        return self.layers[self.at].state
+
+    @property
+    def q(self) -> Float[Tensor, "batch kv_heads share dim"]:
+        """The query heads of each KV head."""
+        return self.view.q[:, :, -1].unflatten(1, (self.view.kv_heads, -1))
+
+    @cached_property
+    def k(self) -> Float[Tensor, "batch kv_heads entry dim"]:
+        """The keys of the entries."""
+        return self.store.spread(self.store.keys)
+
+    @cached_property
+    def position(self) -> Int[Tensor, "batch kv_heads entry"]:
+        """Original position of each entry; `EMPTY` where there is none."""
+        return self.store.positions()
+
+    @cached_property
+    def there(self) -> Bool[Tensor, "batch kv_heads entry"]:
+        """Where there is an entry that the token sees."""
+        low, high = self.mask.low[:, None, -1:], self.mask.high[:, None, -1:]
+        return (self.position != EMPTY) & (self.position >= low) & (self.position < high)
+
+    def weights(self) -> Float[Tensor, "batch kv_heads share entry"]:
+        """The weights of the token's own row over all entries."""
+        view = self.view
+        s = view.scale * (self.q.float() @ self.k.float().transpose(-1, -2))
+        if view.softcap is not None:
+            s = view.softcap * torch.tanh(s / view.softcap)
+        if self.store.mass is not None:
+            s = s + self.store.spread(self.store.mass).log()[:, :, None]
+        s = s.masked_fill(~self.there[:, :, None], -torch.inf)
+        if view.sinks is None:
+            return s.softmax(-1)
+        extra = view.sinks.float().unflatten(0, (view.kv_heads, -1))[None, ..., None].expand(len(s), -1, -1, -1)
+        return torch.cat([s, extra], -1).softmax(-1)[..., :-1]
+
+    def best(self, score: Float[Tensor, "batch kv_heads entry"]) -> Int[Tensor, "batch kv_heads chosen"]:
+        """The entries of highest score that may be read, those that the budget pins first; -1 behind the last."""
+        pinned = self.budget.pinned(self.position != EMPTY)
+        ranked = score.float().masked_fill(pinned, torch.inf).masked_fill(~self.there, -torch.inf)
+        found = ranked.topk(min(int(self.room.max()), ranked.shape[-1]), -1, sorted=True)
+        rank = torch.arange(found.indices.shape[-1], device=score.device)
+        beyond = (rank >= self.room[..., None]) | (found.values == -torch.inf)
+        return found.indices.masked_fill(beyond, -1)
+
+
+def chosen(
+    policy: Policy | None, layers: Sequence[RaggedLayer], at: int, view: View, mask: Mask
+) -> Int[Tensor, "batch kv_heads chosen"] | None:
+    """Which entries the token of this call looks at; None: all. Only single tokens choose.
+
+    Raises:
+        BadInput: a choice of another shape than [batch, kv_heads, chosen], or of entries that are not there.
+    """
+    if policy is None or view.queries > 1 or policy.limits.whole:
+        return None
+    layer = layers[at]
+    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view))
+    only = policy.read(Reading(view, mask, layers, at, room, policy.limits))
+    if only is None:
+        return None
+    if only.ndim != 3 or only.shape[:2] != room.shape or (only.numel() and int(only.max()) >= layer.store.longest):
+        raise BadInput(
+            f"{type(policy).__name__}.read gave {tuple(only.shape)}; it must be the numbers of entries, [batch, "
+            f"kv_heads, chosen] with {tuple(room.shape)} in front, below {layer.store.longest}"
+        )
+    return only
+
+
 def reads_rows(policy: Policy) -> bool:
     """Whether a policy looks at queries or weights, which must then be kept between two rounds of dropping."""
     return bool(policy.needs()) or Needs.QUERIES in policy.card.needs
 
 
-def compress(policy: Policy, layers: Sequence[RaggedLayer], at: int, view: View, mask: Mask, rows: Rows | None) -> None:
-    """Drops what the policy says, and of a first call stores only the rest: in one step, or not at all.
+def compress(
+    policies: Policies, layers: Sequence[RaggedLayer], at: int, view: View, mask: Mask, rows: Rows | None
+) -> None:
+    """Drops what the policies say, and of a first call stores only the rest: in one step, or not at all.
 
     Args:
-        policy: Which keys stay.
+        policies: Which keys stay, and what becomes of them.
         layers: The layers of this cache that are ragged.
         at: Which of them the call was for.
         view: The queries, keys and values of the call itself.
         mask: Which positions its rows see.
         rows: What the engine gave for a first call, the policy's reductions in it; None: the cache held entries.
     """
-    layer, budget = layers[at], policy.limits
+    layer, policy, budget = layers[at], policies.score, policies.limits
+    store = None if policies.store is None else policies.store.store
+    if policy is None or (budget.whole and rows is None):
+        layer.settle(mask.valid, store)
+        return
     if rows is None:
         layer.since += view.queries
         due = view.queries > 1 or (budget.every > 0 and layer.since >= budget.every)
-        if reads_rows(policy) and not budget.whole and (due or budget.every > 0):
+        if reads_rows(policy) and (due or budget.every > 0):
             layer.watched.add(view.q, mask)
-        if not due or budget.whole:
+        if not due:
             return
     real = layer.counted(mask.valid) if rows is not None else layer.real
-    share = partial(budget.counts, layer=at, layers=len(layers), kv_heads=view.kv_heads, entry_bytes=entry_bytes(view))
+    share = partial(policy.counts, layer=at, layers=len(layers), kv_heads=view.kv_heads, entry_bytes=entry_bytes(view))
     counts = share(real + budget.waiting) - budget.waiting
     held = of_call(layer, rows, counts) if rows is not None else of_store(layer, view, mask, policy, counts)
     score = torch.zeros_like(held.before) if budget.whole else scored(policy, held)
@@ -114,14 +288,23 @@ def compress(policy: Policy, layers: Sequence[RaggedLayer], at: int, view: View,
         counts = held.there.sum(-1)
     spare = budget.every or None
     keep = best(ranked, counts)
+    merged = None
+    if policies.merge is not None and bool((keep != held.there).any()):
+        merged = policies.merge.merge(held, keep)
     if rows is not None:
         assert layer.pending is not None
-        k, v = (t.detach() for t in layer.pending)
-        layer.store = Ragged.of_call(k, v, keep, score, layer.seen - view.queries, spare)
+        k, v = (t.detach() for t in (layer.pending if merged is None else (merged.k, merged.v)))
+        mass = None if merged is None else merged.mass
+        layer.store = Ragged.of_call(
+            k.to(view.k.dtype), v.to(view.v.dtype), keep, score, layer.seen - view.queries, spare, mass, store
+        )
         layer.pending, layer.real = None, real
-    else:
+    elif merged is None:
         layer.store = layer.store.scored(score).select(keep, spare)
+    else:
+        layer.store = layer.store.scored(score).rewritten(merged.k, merged.v, merged.mass, keep, spare)
     layer.since = 0
+    layer.state.clear()
     if budget.heads == "model" and at == len(layers) - 1:
         among_all(budget, [one for one in layers if one.waiting is not None])
 
@@ -137,6 +320,7 @@ def among_all(budget: Budget, layers: Sequence[RaggedLayer]) -> None:
     for one, mine in zip(layers, shares.split([r.shape[1] for r in ranked], 1), strict=True):
         one.store = one.store.select(best(one.waiting[0], mine), budget.every or None)
         one.waiting = None
+        one.state.clear()
 
 
 def of_call(layer: RaggedLayer, rows: Rows, counts: Tensor) -> Held:
@@ -165,9 +349,11 @@ def of_store(layer: RaggedLayer, view: View, mask: Mask, policy: Policy, counts:
             )
         q, mask = layer.watched.take(layer.seen)
     k, v, mask = store.entries(mask, view.grouped)
-    seen = replace(view, q=q, k=k, v=v, mask=mask, bias=None, tokens=None)
+    mass = store.spread(store.mass) if store.mass is not None else None
+    tilt = None if mass is None else Tilt(bias=mass.log().repeat_interleave(view.grouped, 1))
+    seen = replace(view, q=q, k=k, v=v, mask=mask, bias=None, tokens=None, tilt=tilt)
     rows = attend(seen, policy.needs()) if policy.needs() else Rows(seen, q[:0], {}, "none")
-    return Held(rows, store.positions(), store.spread(store.score), counts)
+    return Held(rows, store.positions(), store.spread(store.score), counts, mass)
 
 
 def scored(policy: Policy, held: Held) -> Float[Tensor, "batch kv_heads key"]:

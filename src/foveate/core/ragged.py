@@ -9,7 +9,9 @@ keys, so a head that keeps 68 tokens reads 68 keys, however many its neighbour k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,12 +20,54 @@ from torch import Tensor
 from foveate.core import native
 from foveate.core.mask import Mask
 
-__all__ = ["EMPTY", "Ragged"]
+__all__ = ["EMPTY", "Packed", "Ragged", "numbers"]
 
 EMPTY = torch.iinfo(torch.int32).max
 # rows that the kernel takes at once without packing the whole flat list for each head
 KERNEL_ROWS = 96
 SPARE = 32
+# bytes of rows that are laid out at once from a packed form
+LAID_OUT = 8 << 20
+
+
+class Packed:
+    """Rows in a form of their own, where attention over a cache expects a tensor [slots, width].
+
+    A subclass holds its tensors as attributes; what it takes and gives is in the dtype of the model.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def new_empty(self, slots: int, width: int) -> Packed:
+        """Storage of the same form."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Packed:
+        """Some rows, as they are stored; a tensor index [...] gives rows in the shape of the index."""
+        raise NotImplementedError
+
+    def __setitem__(self, index: Any, rows: Tensor | Packed) -> None:
+        """Stores rows; those that are in this form already are copied."""
+        raise NotImplementedError
+
+    def dense(self) -> Float[Tensor, "*rows width"]:
+        """The rows as numbers."""
+        raise NotImplementedError
+
+
+Storage = Any
+
+
+def numbers(rows: Tensor | Packed) -> Tensor:
+    """Rows as numbers, whatever they are stored in."""
+    return rows.dense() if isinstance(rows, Packed) else rows
+
+
+def tensors_in(rows: Tensor | Packed) -> list[Tensor]:
+    """The tensors that rows are stored in."""
+    return [x for x in vars(rows).values() if isinstance(x, Tensor)] if isinstance(rows, Packed) else [rows]
 
 
 @dataclass(eq=False)
@@ -31,44 +75,50 @@ class Ragged:
     """The entries of one layer's cache.
 
     Args:
-        keys: One key per slot.
+        keys: One key per slot, as a tensor or `Packed`.
         values: One value per slot.
         position: Original position of each entry; `EMPTY` where a slot is free.
         score: What a policy said of each entry so far.
         start: First slot of each stretch.
         length: Entries in each stretch.
         room: Slots of each stretch.
+        mass: How many tokens each entry stands for, where some stand for more than themselves; None: all for one.
     """
 
-    keys: Float[Tensor, "slots dim"]
-    values: Float[Tensor, "slots value_dim"]
+    keys: Storage
+    values: Storage
     position: Int[Tensor, " slots"]
     score: Float[Tensor, " slots"]
     start: Int[Tensor, "batch kv_heads"]
     length: Int[Tensor, "batch kv_heads"]
     room: Int[Tensor, "batch kv_heads"]
+    mass: Float[Tensor, " slots"] | None = None
 
     # ---------------------------------------------------------------- making one
 
     @classmethod
     def packed(
         cls,
-        keys: Float[Tensor, "entries dim"],
-        values: Float[Tensor, "entries value_dim"],
+        keys: Storage,
+        values: Storage,
         position: Int[Tensor, " entries"],
         score: Float[Tensor, " entries"],
         length: Int[Tensor, "batch kv_heads"],
         spare: int | None = None,
+        mass: Float[Tensor, " entries"] | None = None,
+        store: Callable[[Tensor, int], Storage] | None = None,
     ) -> Ragged:
         """From entries in order of batch row, KV head and position.
 
         Args:
-            keys: The keys.
+            keys: The keys, [entries, dim].
             values: The values.
             position: Original positions.
             score: What a policy said of them.
             length: How many entries each stretch has.
             spare: Free slots behind each stretch; None: one in 32, at least 16.
+            mass: How many tokens each stands for; None: one.
+            store: Makes empty storage for rows; None: as they are stored now.
         """
         room = length + (spare if spare is not None else (length // SPARE).clamp_min(16))
         ends = room.flatten().cumsum(0)
@@ -77,16 +127,20 @@ class Ragged:
         before = counts.cumsum(0) - counts
         to = torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(len(keys), device=keys.device)
         slots = int(ends[-1])
+        fresh = store or (lambda rows, slots: rows.new_empty(slots, rows.shape[1]))
         made = cls(
-            keys.new_empty(slots, keys.shape[1]),
-            values.new_empty(slots, values.shape[1]),
+            fresh(keys, slots),
+            fresh(values, slots),
             torch.full((slots,), EMPTY, dtype=torch.int32, device=keys.device),
             torch.zeros(slots, device=keys.device),
             start,
             length.clone(),
             room,
+            None if mass is None else torch.ones(slots, device=keys.device),
         )
         made.keys[to], made.values[to] = keys, values
+        if mass is not None:
+            made.mass[to] = mass
         made.position[to], made.score[to] = position.to(torch.int32), score.float()
         return made
 
@@ -99,17 +153,22 @@ class Ragged:
         score: Float[Tensor, "batch kv_heads key"],
         first: int = 0,
         spare: int | None = None,
+        mass: Float[Tensor, "batch kv_heads key"] | None = None,
+        store: Callable[[Tensor, int], Storage] | None = None,
     ) -> Ragged:
         """From the keys and values of one call, of which `keep` stay; what is dropped is never stored.
 
         The first key stands at position `first`.
         """
         at = keep.nonzero(as_tuple=True)
-        return cls.packed(k[at], v[at], at[2] + first, score[at], keep.sum(-1), spare)
+        mass = None if mass is None else mass[at]
+        return cls.packed(k[at], v[at], at[2] + first, score[at], keep.sum(-1), spare, mass, store)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.keys, self.values, self.position, self.score, self.start, self.length, self.room)
+        more = () if self.mass is None else (self.mass,)
+        stored = (*tensors_in(self.keys), *tensors_in(self.values))
+        return (*stored, self.position, self.score, self.start, self.length, self.room, *more)
 
     def bytes_held(self) -> int:
         """Bytes of all tensors, free slots included."""
@@ -141,15 +200,42 @@ class Ragged:
             slot, k, v, position = slot[real], k[real], v[real], position[real]
         grown.keys[slot], grown.values[slot] = k, v
         grown.position[slot], grown.score[slot] = position, 0.0
+        if grown.mass is not None:
+            grown.mass[slot] = 1.0
         grown.length += count
         return grown
 
     def select(self, keep: Bool[Tensor, "batch kv_heads entry"], spare: int | None = None) -> Ragged:
         """The entries that stay, in storage of their own; `keep` counts within each stretch."""
         at = keep.nonzero(as_tuple=True)
+        return self.gathered(self.start[at[0], at[1]] + at[2], keep.sum(-1), spare)
+
+    def gathered(self, slot: Int[Tensor, " entries"], length: Tensor, spare: int | None = None) -> Ragged:
+        """Some slots, in storage of their own."""
+        mass = None if self.mass is None else self.mass[slot]
+        return Ragged.packed(
+            self.keys[slot], self.values[slot], self.position[slot], self.score[slot], length, spare, mass
+        )
+
+    def rewritten(
+        self,
+        k: Float[Tensor, "batch kv_heads entry dim"],
+        v: Float[Tensor, "batch kv_heads entry value_dim"],
+        mass: Float[Tensor, "batch kv_heads entry"],
+        keep: Bool[Tensor, "batch kv_heads entry"],
+        spare: int | None = None,
+    ) -> Ragged:
+        """The entries that stay with other keys, values and masses, stored as they are now."""
+        at = keep.nonzero(as_tuple=True)
         slot = self.start[at[0], at[1]] + at[2]
-        length = keep.sum(-1)
-        return Ragged.packed(self.keys[slot], self.values[slot], self.position[slot], self.score[slot], length, spare)
+
+        def store(rows: Tensor, slots: int) -> Storage:
+            return (self.keys if rows is keys else self.values).new_empty(slots, rows.shape[1])
+
+        keys, values = k[at].to(self.keys.dtype), v[at].to(self.values.dtype)
+        return Ragged.packed(
+            keys, values, self.position[slot], self.score[slot], keep.sum(-1), spare, mass[at].float(), store
+        )
 
     def scored(self, score: Float[Tensor, "batch kv_heads entry"]) -> Ragged:
         """The same entries with new scores; nothing else is copied."""
@@ -162,8 +248,7 @@ class Ragged:
         """The batch rows of `index`, in its order, repeats allowed (beam search)."""
         held = self.held[index]
         at = held.nonzero(as_tuple=True)
-        slot = self.start[index][at[0], at[1]] + at[2]
-        return Ragged.packed(self.keys[slot], self.values[slot], self.position[slot], self.score[slot], held.sum(-1))
+        return self.gathered(self.start[index][at[0], at[1]] + at[2], held.sum(-1))
 
     # ---------------------------------------------------------------- looking at it
 
@@ -176,9 +261,12 @@ class Ragged:
     def longest(self) -> int:
         return int(self.length.max())
 
-    def spread(self, flat: Tensor) -> Tensor:
+    def spread(self, flat: Tensor | Packed) -> Tensor:
         """A flat tensor as [batch, kv_heads, entry, ...]; what stands behind a stretch's end is anything."""
         size, longest = self.start.shape, self.longest
+        if isinstance(flat, Packed):
+            at = self.start[..., None] + torch.arange(longest, device=flat.device)
+            return flat[at.clamp_max(flat.shape[0] - 1)].dense()
         if bool((self.room == self.room[0, 0]).all()):
             return flat.unflatten(0, (*size, int(self.room[0, 0])))[:, :, :longest]
         at = self.start[..., None] + torch.arange(longest, device=flat.device)
@@ -218,16 +306,21 @@ class Ragged:
         return self.spread(self.keys), self.spread(self.values), whole
 
     def by_position(
-        self, mask: Mask, share: int
+        self, mask: Mask, share: int, only: Int[Tensor, "batch kv_heads chosen"] | None = None
     ) -> tuple[Float[Tensor, "batch kv_heads key dim"], Float[Tensor, "batch kv_heads key value_dim"], Mask]:
-        """Keys and values at their original positions, and the mask with holes: what metrics and edits see."""
+        """Keys and values at their original positions, and the mask with holes: what metrics and edits see.
+
+        `only` are entries as a policy chose them for reading; all others are holes.
+        """
         batch, heads = self.start.shape
-        at = self.held.nonzero(as_tuple=True)
+        held = self.held if only is None else self.among(only)
+        at = held.nonzero(as_tuple=True)
         slot = self.start[at[0], at[1]] + at[2]
         to = (at[0], at[1], self.position[slot].long())
-        k = self.keys.new_zeros(batch, heads, mask.keys, self.keys.shape[1])
-        v = self.values.new_zeros(batch, heads, mask.keys, self.values.shape[1])
-        k[to], v[to] = self.keys[slot], self.values[slot]
+        device = self.position.device
+        k = torch.zeros(batch, heads, mask.keys, self.keys.shape[1], dtype=self.keys.dtype, device=device)
+        v = torch.zeros(batch, heads, mask.keys, self.values.shape[1], dtype=self.values.dtype, device=device)
+        k[to], v[to] = numbers(self.keys[slot]), numbers(self.values[slot])
         there = torch.zeros(batch, heads, mask.keys, dtype=torch.bool, device=k.device)
         there[to] = True
         if mask.dense is None and bool((there | (torch.arange(mask.keys) < mask.low.min())).all()):
@@ -239,6 +332,21 @@ class Ragged:
             return mask.additive(rows, i, j).masked_fill(gone, -torch.inf)
 
         return k, v, replace(mask, dense=dense)
+
+    def among(self, only: Int[Tensor, "batch kv_heads chosen"]) -> Bool[Tensor, "batch kv_heads entry"]:
+        """Which entries were chosen."""
+        there = torch.zeros(*self.start.shape, self.longest + 1, dtype=torch.bool, device=only.device)
+        return there.scatter_(2, torch.where(only < 0, self.longest, only).long(), True)[..., :-1]
+
+    def bias(self, mask: Mask) -> Float[Tensor, "batch kv_heads key"] | None:
+        """Logarithm of how many tokens each entry stands for, at its position; None where each stands for one."""
+        if self.mass is None:
+            return None
+        at = self.held.nonzero(as_tuple=True)
+        slot = self.start[at[0], at[1]] + at[2]
+        made = torch.zeros(*self.start.shape, mask.keys, device=self.mass.device)
+        made[at[0], at[1], self.position[slot].long()] = self.mass[slot].log()
+        return made
 
     def sees_all(self, mask: Mask) -> bool:
         """Whether every row of the mask sees every entry."""
@@ -273,33 +381,85 @@ class Ragged:
         scale: float,
         softcap: float | None = None,
         sinks: Float[Tensor, " heads"] | None = None,
+        only: Int[Tensor, "batch kv_heads chosen"] | None = None,
     ) -> Float[Tensor, "batch heads query value_dim"]:
-        """Attention of the rows over the entries that each of their heads keeps, with the native kernel."""
+        """Attention of the rows over the entries that each of their heads keeps, with the native kernel.
+
+        `only` are entries that a policy chose for reading, -1 behind the last of a head.
+        """
         batch, kv_heads = self.start.shape
         heads, queries = q.shape[1:3]
         share, pairs = heads // kv_heads, batch * kv_heads
-        lo, hi = (x.reshape(pairs, queries).to(torch.int32) for x in self.intervals(mask))
+        index = None
+        if only is None:
+            lo, hi = (x.reshape(pairs, queries).to(torch.int32) for x in self.intervals(mask))
+        else:
+            index, count = self.slots(only, mask)
+            lo = torch.zeros(pairs, 1, dtype=torch.int32)
+            hi = count.reshape(pairs, 1)
         rows = q.reshape(pairs, share, queries, q.shape[3])
-        k, v = self.keys.float()[None, None], self.values.float()[None, None]
-        slots = torch.arange(len(self.keys), dtype=torch.int32)[None]
         out = q.new_empty(pairs, share, queries, self.values.shape[1])
         # a learned sink belongs to a query head, and the kernel knows one set of them per call
-        groups = [slice(None)] if sinks is None else [slice(h, None, kv_heads) for h in range(kv_heads)]
+        groups = [list(range(pairs))] if sinks is None else [list(range(h, pairs, kv_heads)) for h in range(kv_heads)]
         step = max(1, KERNEL_ROWS // share)
-        for n, pick in enumerate(groups):
-            some = rows[pick]
-            for a in range(0, queries, step):
-                b = min(queries, a + step)
-                out[pick, :, a:b] = native.attend(
-                    some[:, :, a:b].float(),
-                    k.expand(len(some), -1, -1, -1),
-                    v.expand(len(some), -1, -1, -1),
-                    scale=scale,
-                    lo=lo[pick, a:b],
-                    hi=hi[pick, a:b],
-                    query_position=torch.zeros(1, b - a, dtype=torch.int32),
-                    key_position=slots,
-                    softcap=softcap,
-                    sinks=None if sinks is None else sinks[n * share : (n + 1) * share],
-                ).out.to(q.dtype)
+        for n, group in enumerate(groups):
+            for some in self.laid_out(group):
+                keys, values, mass, first = self.stretch(some)
+                pick = slice(some[0], some[-1] + 1, kv_heads if sinks is not None else 1)
+                at = None if index is None else index[pick] - first
+                bias = None if mass is None else mass.log()[None].expand(len(some), -1)
+                if bias is not None and at is not None:
+                    bias = bias.gather(1, at.long())
+                slots = torch.arange(len(keys) if at is None else at.shape[1], dtype=torch.int32)[None]
+                for a in range(0, queries, step):
+                    b = min(queries, a + step)
+                    out[pick, :, a:b] = native.attend(
+                        rows[pick, :, a:b].float(),
+                        keys[None, None].expand(len(some), -1, -1, -1),
+                        values[None, None].expand(len(some), -1, -1, -1),
+                        scale=scale,
+                        lo=lo[pick, a:b] - (0 if at is not None else first),
+                        hi=hi[pick, a:b] - (0 if at is not None else first),
+                        query_position=torch.zeros(1, b - a, dtype=torch.int32),
+                        key_position=slots,
+                        softcap=softcap,
+                        sinks=None if sinks is None else sinks[n * share : (n + 1) * share],
+                        tilt=None if bias is None else bias[:, None],
+                        index=at,
+                    ).out.to(q.dtype)
         return out.reshape(batch, heads, queries, -1)
+
+    def slots(
+        self, only: Int[Tensor, "batch kv_heads chosen"], mask: Mask
+    ) -> tuple[Int[Tensor, "pairs chosen"], Int[Tensor, "batch kv_heads"]]:
+        """Where chosen entries are stored, those that the one row of the mask sees first, and how many these are."""
+        sees = only >= 0
+        slot = self.start[..., None] + only.clamp_min(0)
+        if not self.sees_all(mask):
+            at = self.position[slot]
+            sees &= (at >= mask.low[:, None, :1]) & (at < mask.high[:, None, :1])
+            order = (~sees).to(torch.uint8).argsort(dim=-1, stable=True)
+            slot = slot.gather(-1, order)
+        return slot.flatten(0, 1).to(torch.int32), sees.sum(-1, dtype=torch.int32)
+
+    def laid_out(self, pairs: list[int]) -> list[list[int]]:
+        """Pairs of batch row and KV head that are laid out together: packed rows a few at a time."""
+        if not isinstance(self.keys, Packed) and not isinstance(self.values, Packed):
+            return [pairs]
+        each = 4 * int(self.room.max()) * (self.keys.shape[1] + self.values.shape[1])
+        size = max(1, LAID_OUT // max(1, each * (pairs[1] - pairs[0] if len(pairs) > 1 else 1)))
+        return [pairs[a : a + size] for a in range(0, len(pairs), size)]
+
+    def stretch(self, pairs: list[int]) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Keys, values and masses from the first slot of some pairs to their last, and which slot is the first."""
+        if not isinstance(self.keys, Packed) and not isinstance(self.values, Packed):
+            return self.keys.float(), self.values.float(), self.mass, 0
+        start, room = self.start.flatten(), self.room.flatten()
+        first, last = int(start[pairs[0]]), int(start[pairs[-1]] + room[pairs[-1]])
+        at = slice(first, last)
+        return (
+            numbers(self.keys[at]).float(),
+            numbers(self.values[at]).float(),
+            None if self.mass is None else self.mass[at],
+            first,
+        )

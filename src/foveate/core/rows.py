@@ -380,7 +380,8 @@ def tilted(view: View, edits: Sequence[Edit]) -> tuple[View, list[Edit]]:
     Tilts that are for different rows are no single tilt: all but the first stay edits of scores, which come back
     beside the call.
     """
-    bias, rows, q = None, None, view.q
+    own = view.tilt or Tilt()
+    bias, rows, q = own.bias, own.rows, view.q
     beyond: list[Edit] = []
     for edit in edits:
         tilt = edit.tilt(view)
@@ -396,8 +397,8 @@ def tilted(view: View, edits: Sequence[Edit]) -> tuple[View, list[Edit]]:
             bias = bias + tilt.bias
         else:
             beyond.append(Tilted(tilt))
-    if q is view.q and bias is None:
-        return view, []
+    if q is view.q and bias is own.bias:
+        return view, beyond
     return replace(view, q=q, tilt=None if bias is None else Tilt(bias=bias, rows=rows)), beyond
 
 

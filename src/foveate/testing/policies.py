@@ -5,22 +5,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
-from foveate.core.budget import Budget
+from foveate.core.budget import Amount, Budget
 from foveate.core.cache import RaggedLayer, ragged_layers
+from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit, Policy
+from foveate.core.policy import Held, Reading
 from foveate.core.ragged import EMPTY
 from foveate.testing import tiny
 
 __all__ = [
+    "Everything",
     "HideDropped",
     "Run",
+    "Witness",
+    "chooses",
+    "company",
     "decoded",
     "ids_of",
     "left_padded",
@@ -38,9 +44,54 @@ STEPS = 9
 SMALL = {"keep": 0.4, "sinks": 2, "recent": 3, "every": 3}
 
 
+LITTLE = Budget(**SMALL)
+
+
 def tight(m: Policy, **changed: Any) -> Policy:
     """The policy with a budget that leaves it something to choose at the length of the checks."""
-    return m.within(replace(m.limits, **(SMALL | changed)))
+    return m.within(replace(m.limits, **(SMALL | changed))) if chooses(m) else m
+
+
+def whole(m: Policy) -> Policy:
+    """The policy with a budget that keeps everything."""
+    return m.within(Budget(1.0, every=m.limits.every)) if chooses(m) else m
+
+
+def chooses(m: Policy) -> bool:
+    """Whether a budget says how much of the cache it keeps or reads."""
+    return bool(m.parts & {"score", "read"})
+
+
+@dataclass(frozen=True)
+class Oldest(Policy):
+    """Drops old entries: for what acts on entries that go, and chooses none itself.
+
+    Args:
+        budget: How many entries each KV head keeps.
+    """
+
+    budget: Amount = LITTLE
+
+    card: ClassVar = Card("a test", 2026, "test", Needs.KEYS, "none", "nothing known", "in tests")
+
+    def score(self, held: Held) -> Tensor:
+        return held.position.float()
+
+
+@dataclass(frozen=True)
+class Everything(Oldest):
+    """Keeps all, as it comes.
+
+    Args:
+        budget: All.
+    """
+
+    budget: Amount = 1.0
+
+
+def company(m: Policy) -> tuple[Policy, ...]:
+    """The policy, behind one that drops entries where it does nothing without."""
+    return (Oldest(), m) if "merge" in m.parts and "score" not in m.parts else (m,)
 
 
 @dataclass(eq=False)
@@ -115,7 +166,7 @@ def run(
     if policy is None:
         feed()
     else:
-        with attach(model, policy) as attached:
+        with attach(model, *company(policy)) as attached:
             feed()
     return Run(torch.stack(said, 1), lengths, ragged_layers(cache), reported)
 
@@ -130,11 +181,6 @@ def left_padded(batch: int = 2, prompt: int = PROMPT, cut: int = 11) -> Tensor:
     mask = torch.ones(batch, prompt, dtype=torch.long)
     mask[1:, :cut] = 0
     return mask
-
-
-def whole(m: Policy) -> Policy:
-    """The policy with a budget that keeps everything."""
-    return m.within(Budget(1.0, every=m.limits.every))
 
 
 def padded_ids(ids: Tensor, padding: Tensor) -> Tensor:
@@ -157,36 +203,70 @@ def positions(r: Run) -> list[list[list[list[int]]]]:
 
 @dataclass(frozen=True)
 class HideDropped(Edit):
-    """Masks the keys that a policy had dropped before the call that runs now.
+    """Masks the keys that a policy had dropped before the call that runs now, or that it does not read in it.
 
     Args:
         kept: Positions held after each call, per layer, and a list of one number: the calls so far.
+        reading: Whether they are those that are read in the call behind it, its own among them.
     """
 
     kept: tuple = ()
+    reading: bool = False
 
     def edit_scores(self, block: Any, scores: Tensor) -> Tensor:
         view, (calls, now) = block.view, self.kept
         if now[0] == 0:
             return scores
         at = calls[now[0] - 1][view.layer.index]
+        if at is None:
+            return scores
         there = torch.zeros(*at.shape[:2], view.keys + 1, dtype=torch.bool)
         there.scatter_(2, at.clamp_max(view.keys).long(), True)
-        # what came with this call is always seen
-        there[..., view.keys - view.queries :] = True
+        if not self.reading:
+            # what came with this call is always seen
+            there[..., view.keys - view.queries :] = True
         there = there[..., block.first : block.last].repeat_interleave(view.grouped, 1)
         return scores.masked_fill(~there[:, :, None], -torch.inf)
 
 
 @torch.no_grad()
-def run_masked(model: Any, ids: Tensor, padding: Tensor, chunks: Sequence[int], kept: list) -> Tensor:
+def run_masked(
+    model: Any, ids: Tensor, padding: Tensor, chunks: Sequence[int], kept: list, reading: bool = False
+) -> Tensor:
     """The logits of `run` from a full cache, what `kept` has not after each call being masked."""
     now, said = [0], []
     # without windows in the cache, so that positions count from the first token
     cache = DynamicCache()
     # a dozen tokens hide nothing
-    with attach(model, HideDropped((kept, now)), trial=False):
+    with attach(model, HideDropped((kept, now), reading), trial=False):
         for logits in fed(model, ids, padding, chunks, ids.shape[1] - padding.shape[1], cache):
             said.append(logits)
             now[0] += 1
     return torch.stack(said, 1)[:, -STEPS - 1 :]
+
+
+@dataclass(frozen=True)
+class Witness(Policy):
+    """A policy that chooses what is read, and a record of what it chose.
+
+    Args:
+        inner: The policy.
+        seen: Positions that were read, a list per layer and call is added to it; of a call that read all, None.
+        budget: Its budget.
+    """
+
+    inner: Policy
+    seen: list
+    budget: Any = 1.0
+
+    @property
+    def parts(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.parts
+
+    def read(self, reading: Reading) -> Tensor | None:
+        only = self.inner.read(reading)
+        at = None
+        if only is not None:
+            at = reading.position.gather(-1, only.clamp_min(0)).masked_fill(only < 0, EMPTY)
+        self.seen.append((reading.at, at, reading.room))
+        return only

@@ -36,7 +36,8 @@ struct Call {
     const int64_t *match_query_stride, *match_key_stride;
     const float *sinks, *extra, *tilt;        // tilt: a bias on keys, rows of whole panels
     const uint8_t *tilted;                    // the rows that the tilt is for; null: all
-    int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride;
+    const int32_t *index;                     // which row of k and v each key is; null: its own number
+    int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
     double scale, softcap;                    // softcap 0: none
     float *out;                               // [batch, queries, heads, values]
     float *lse, *entropy, *distance;          // [batch, heads, queries]
@@ -425,6 +426,7 @@ struct Job {
     explicit Job(const Call &call) : c(call) {}
     bool run();
     void plan();
+    int64_t row_of(const Block &t, int64_t j) const { return c.index ? c.index[t.batch * c.index_stride + j] : j; }
     void pack_keys(const Block &t, int64_t first, int64_t last, float *to) const;
     void pack_values(const Block &t, int64_t first, int64_t last, float *to) const;
     void prepare(const Block &t, Workspace &w) const;
@@ -451,7 +453,7 @@ void Job::plan() {
             for (int64_t g = 0; g < c.groups; ++g) blocks.push_back({b, g, first, n, lo, hi, (hi - lo) * n});
         }
     shared = rows > block;
-    in_place = rows <= 2 * ROWS && columns == padded && !c.extras;
+    in_place = rows <= 2 * ROWS && columns == padded && !c.extras && !c.index;
     // The largest first, so that no thread is left alone with one at the end.
     std::stable_sort(blocks.begin(), blocks.end(), [](auto &x, auto &y) { return x.cost > y.cost; });
 }
@@ -497,15 +499,17 @@ bool Job::run() {
 // is left of the last panel stays as it is: no row sees it, so score_tile hides it.
 void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) const {
     const int64_t step = c.k_stride[2];
+    const float *k = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1];
     for (int64_t p = first; p < last; p += PANEL, to += PANEL * c.width) {
-        const float *k = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1] + p * step;
         const int64_t n = std::min<int64_t>(PANEL, last - p);
-        for (int64_t j = 0; j < n; j += 4, k += 4 * step) {
+        for (int64_t j = 0; j < n; j += 4) {
+            const float *key[4];
+            for (int64_t i = 0; i < 4; ++i) key[i] = k + row_of(t, std::min(p + j + i, last - 1)) * step;
             int64_t d = 0;
 #if defined(__x86_64__)
             for (; j + 4 <= n && d + 4 <= c.width; d += 4) {
-                __m128 x0 = _mm_loadu_ps(k + d), x1 = _mm_loadu_ps(k + step + d);
-                __m128 x2 = _mm_loadu_ps(k + 2 * step + d), x3 = _mm_loadu_ps(k + 3 * step + d);
+                __m128 x0 = _mm_loadu_ps(key[0] + d), x1 = _mm_loadu_ps(key[1] + d);
+                __m128 x2 = _mm_loadu_ps(key[2] + d), x3 = _mm_loadu_ps(key[3] + d);
                 _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
                 float *at = to + d * PANEL + j;
                 _mm_storeu_ps(at, x0);
@@ -515,7 +519,7 @@ void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) cons
             }
 #endif
             for (; d < c.width; ++d)
-                for (int64_t i = 0; i < std::min<int64_t>(4, n - j); ++i) to[d * PANEL + j + i] = k[i * step + d];
+                for (int64_t i = 0; i < std::min<int64_t>(4, n - j); ++i) to[d * PANEL + j + i] = key[i][d];
         }
     }
 }
@@ -523,7 +527,7 @@ void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) cons
 // Values and extra columns side by side, [keys x padded].
 void Job::pack_values(const Block &t, int64_t first, int64_t last, float *to) const {
     for (int64_t j = first; j < last; ++j, to += padded) {
-        const float *v = c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1] + j * c.v_stride[2];
+        const float *v = c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1] + row_of(t, j) * c.v_stride[2];
         std::copy_n(v, own, to);
         std::copy_n(c.extra + t.batch * c.extra_stride + j * c.extras, c.extras, to + own);
         std::fill(to + columns, to + padded, 0.0f);
