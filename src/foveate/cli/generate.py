@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def command(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a folder, a .gguf file or a hub id.")],
     policy: Annotated[
-        str | None, typer.Option(help="A KV policy by name, parameters as observation_window:window=16. Default: none.")
+        list[str] | None,
+        typer.Option(
+            help="A KV policy by name, parameters as observation_window:window=16. Again for another one beside it, "
+            "one that stores or merges what the first keeps, say. Default: none."
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan for this model, as `foveate steer` writes it. Default: none.")
@@ -43,22 +47,26 @@ def command(
     screen = Console(stderr=as_json, highlight=False)
     given = read_texts(text) if text else None
     amount = budget(keep)
-    named(policy)
+    policy = policy or []
+    for one in policy:
+        named(one)
     with screen.status(f"opening {model} …"):
         from foveate.core.plan import Plan
+        from foveate.core.policy import Policies
         from foveate.core.registry import make
         from foveate.models import load
 
         planned = None if plan is None else Plan.load(plan)
 
         # a policy that cannot be is told before a model is opened
-        chosen: Any = None if policy is None else make(policy, "compress")
-        chosen = chosen and chosen.within(amount)
+        chosen = [make(one, "compress") for one in policy]
+        chosen = [one.within(amount) if one.parts & {"score", "read"} else one for one in chosen]
+        Policies.of(chosen)
         network, tokenizer = load(model)
         if planned is not None:
             planned.check(network)
     ids, planned = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
-    kept = f"{policy}, keeping {keep}" if policy else "the whole cache (--policy for less)"
+    kept = f"{' and '.join(policy)}, keeping {keep}" if policy else "the whole cache (--policy for less)"
     steered = "" if planned is None else f", under {', '.join(type(m).__name__ for m in planned.mechanisms)}"
     screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}{steered}\n")
     out = None if as_json else sys.stdout
@@ -88,13 +96,13 @@ def budget(keep: str) -> Amount:
     return amount
 
 
-def named(policy: str | None) -> None:
+def named(policy: str) -> None:
     """A misspelt policy, or a mechanism that is none, is told before a model is opened."""
     from foveate.catalogue import entries
     from foveate.core.errors import unknown
 
     known = {e["name"] for e in entries() if e["kind"] == "Policy"}
-    if policy is not None and policy.partition(":")[0] not in known:
+    if policy.partition(":")[0] not in known:
         raise unknown("KV policy", policy.partition(":")[0], known, "See `foveate list --kind Policy`.")
 
 
@@ -134,7 +142,7 @@ def prompt_ids(
     return torch.tensor([ids], device=model.device), plan
 
 
-def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out: Any) -> dict[str, Any]:
+def generate(model: Any, tokenizer: Any, ids: Any, policies: Any, tokens: int, out: Any) -> dict[str, Any]:
     """The continuation, streamed to `out`, and its figures."""
     import time
 
@@ -160,7 +168,7 @@ def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out
     streamer = Clocked(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cache = DynamicCache(config=model.config)
     begun = time.perf_counter()
-    with foveate.attach(model, policy) if policy is not None else nullcontext() as attached:
+    with foveate.attach(model, *policies) if policies else nullcontext() as attached:
         said = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -182,6 +190,6 @@ def generate(model: Any, tokenizer: Any, ids: Any, policy: Any, tokens: int, out
         "answer": tokenizer.decode(said, skip_special_tokens=True),
         "seconds_to_first_token": round(streamer.first - begun, 3),
         "tokens_per_second": round((len(said) - 1) / max(ended - streamer.first, 1e-9), 2),
-        "bytes_held": full if policy is None else attached.bytes_held(),
+        "bytes_held": attached.bytes_held() if policies else full,
         "bytes_full": full,
     }

@@ -384,7 +384,7 @@ class Attached:
         else:
             cache.settle(mask.valid)
             store = cache.store
-            only = chosen(policies.read, layers, at, call, mask)
+            only = chosen(policies, layers, at, call, mask)
             if self.idle and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
                 self.calls_seen()
                 out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks, only)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from foveate.core.policy import Held, Merged, Reading
+    from foveate.core.ragged import Packed
     from foveate.core.rows import Layer, RowBlock, Rows, View
 
 __all__ = [
@@ -335,9 +336,13 @@ class Policy(Mechanism):
         """What the entries that stay are to be, now that the others go: new keys, values and masses."""
         raise NotImplementedError
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> Any:
-        """Empty storage of so many slots for rows like these: a tensor, or a `Packed`."""
+    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> Packed:
+        """Empty storage of so many slots for rows like these."""
         raise NotImplementedError
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        """Bytes of one stored key or value, for budgets in bytes."""
+        return width * dtype.itemsize
 
     def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:
         """Which entries each KV head looks at, without one twice, -1 behind the last; None: all."""

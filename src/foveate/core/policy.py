@@ -221,17 +221,18 @@ class Reading:
 
 
 def chosen(
-    policy: Policy | None, layers: Sequence[RaggedLayer], at: int, view: View, mask: Mask
+    policies: Policies, layers: Sequence[RaggedLayer], at: int, view: View, mask: Mask
 ) -> Int[Tensor, "batch kv_heads chosen"] | None:
     """Which entries the token of this call looks at; None: all. Only single tokens choose.
 
     Raises:
         BadInput: a choice of another shape than [batch, kv_heads, chosen], or of entries that are not there.
     """
+    policy = policies.read
     if policy is None or view.queries > 1 or policy.limits.whole:
         return None
     layer = layers[at]
-    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view))
+    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view, policies))
     only = policy.read(Reading(view, mask, layers, at, room, policy.limits))
     if only is None:
         return None
@@ -274,7 +275,13 @@ def compress(
         if not due:
             return
     real = layer.counted(mask.valid) if rows is not None else layer.real
-    share = partial(policy.counts, layer=at, layers=len(layers), kv_heads=view.kv_heads, entry_bytes=entry_bytes(view))
+    share = partial(
+        policy.counts,
+        layer=at,
+        layers=len(layers),
+        kv_heads=view.kv_heads,
+        entry_bytes=entry_bytes(view, policies),
+    )
     counts = share(real + budget.waiting) - budget.waiting
     held = of_call(layer, rows, counts) if rows is not None else of_store(layer, view, mask, policy, counts)
     score = torch.zeros_like(held.before) if budget.whole else scored(policy, held)
@@ -385,6 +392,8 @@ def best(
     return (rank.flip(-1) < counts[..., None]) & there
 
 
-def entry_bytes(view: View) -> int:
-    """What one entry takes: key, value, position and score."""
-    return view.k.shape[3] * view.k.element_size() + view.v.shape[3] * view.v.element_size() + 8
+def entry_bytes(view: View, policies: Policies) -> int:
+    """What one entry takes: key, value, position, score, and its mass where entries are merged."""
+    rows = [(t.shape[3], t.dtype) for t in (view.k, view.v)]
+    stored = [w * d.itemsize if policies.store is None else policies.store.row_bytes(w, d) for w, d in rows]
+    return sum(stored) + (8 if policies.merge is None else 12)

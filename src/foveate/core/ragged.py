@@ -40,6 +40,9 @@ class Packed:
     dtype: torch.dtype
     device: torch.device
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def new_empty(self, slots: int, width: int) -> Packed:
         """Storage of the same form."""
         raise NotImplementedError

@@ -463,9 +463,11 @@ def sdpa_refuses(view: View, reductions: Sequence[Reduction]) -> str:
         return "its mask would be N x N"
     if view.tilt is not None and (view.mask.dense is not None or view.bias is not None):
         return "a tilt beside a mask of the model's own"
-    # a row that sees nothing at all comes out as NaN
-    if view.tilt is not None and view.tilt.bias is not None and bool((view.tilt.bias == -torch.inf).any()):
-        return "a tilt that takes keys out"
+    if view.tilt is not None and view.tilt.bias is not None:
+        out = view.tilt.bias == -torch.inf
+        # a row that sees nothing at all comes out as NaN
+        if bool((out.all(-1) if view.mask.plain == "full" else out).any()):
+            return "a tilt that takes keys out"
     return ""
 
 
