@@ -1,16 +1,18 @@
 """What a compressed KV cache costs and saves, beside transformers' dynamic cache and kvpress.
 
-    python bench/cache.py decode  [--tokens 2048 4096 8192] [--batch 1 8] [--rounds 15]
-    python bench/cache.py prompt  [--tokens 2048 4096 8192] [--rounds 2] [--kvpress PYTHON]
+    python bench/cache.py decode  [--tokens 2048 4096 8192] [--batch 1 8] [--rounds 5] [--kinds NAME ...] [--again]
+    python bench/cache.py prompt  [--tokens 2048 4096 8192] [--rounds 2] [--kinds NAME ...] [--kvpress PYTHON] [--again]
 
-`decode`: one process; the caches of all kinds are filled with the same random keys and values (time does not depend on
-what stands in them), kept entries drawn at random. Each round decodes one token with every kind in turn; ratios are
-taken inside a round, to transformers' dynamic cache, and their median and quartiles reported. `ours at 1.0` keeps all.
-Nothing is scored or dropped while decoding (every=0): what a policy adds for that is not in these figures.
+`decode`: one process. Caches are filled with random keys and values (time does not depend on what stands in them), as
+many entries per head as the policy keeps, drawn at random. Each round decodes 4 tokens with transformers' dynamic cache
+and then 16 with ours, in which entries are scored and dropped once; ratios are taken inside a round, their median and
+quartiles reported. `all` keeps everything, `half`, `quarter` and `tenth` drop nothing while they decode.
 
-`prompt`: every measurement in a process of its own: seconds to the first token of a real text, bytes held after it, and
-the peak of resident memory; ratios to transformers inside a round. `--kvpress` names a Python with kvpress installed
-(it needs transformers below 5.3), whose presses run beside ours.
+`prompt`: every measurement in a process of its own: seconds to the first token of a real text, seconds per token of the
+8 behind it, bytes held after them, and the peak of resident memory; ratios to transformers inside a round. `--kvpress`
+names a Python with kvpress installed (it needs transformers below 5.3), whose presses run beside ours.
+
+Figures are kept by kind and size in bench/results: what is there is measured again only with --again.
 """
 
 from __future__ import annotations
@@ -20,20 +22,57 @@ import gc
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # this folder would hide Python's own module `profile`, which torch imports
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 OUT = HERE / "results"
-KEEPS = (1.0, 0.5, 0.25, 0.1)
-POLICIES = ("heavy_hitters", "key_diversity", "key_norm", "last_token", "observation_window", "streaming")
-PRESSES = {"observation_window": "SnapKVPress", "key_norm": "KnormPress", "key_diversity": "KeyDiffPress"}
+SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
+KEEP = 0.25
+PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 4, 16, 8
+PRESSES = {
+    "observation_window": "SnapKVPress",
+    "key_norm": "KnormPress",
+    "key_diversity": "KeyDiffPress",
+    "expected_attention": "ExpectedAttentionPress",
+    "last_token": "TOVAPress",
+    "streaming": "StreamingLLMPress",
+    "chunks": "ChunkKVPress",
+}
+
+
+def policies(kind: str) -> tuple:
+    """The policies behind a kind, as `attach` takes them."""
+    import foveate
+    from foveate.core.registry import make
+
+    if kind in SHARES:
+        return (foveate.compress.Streaming(foveate.Budget(SHARES[kind], every=0)),)
+    one = make(kind, "compress")
+    if one.parts & {"score", "read"}:
+        return (one.within(KEEP),)
+    # what acts on entries that go has none to act on alone
+    beside = (foveate.compress.HeavyHitters(KEEP),) if "merge" in one.parts else ()
+    return (*beside, one)
+
+
+def kinds(asked: list[str] | None, more: tuple[str, ...] = ()) -> list[str]:
+    """The kinds to measure, of those that there are."""
+    import foveate
+    from foveate.core.mechanism import Policy
+
+    known = [*more, *(n for n in foveate.names("compress") if issubclass(foveate.find(n), Policy))]
+    if unknown := set(asked or ()) - set(known):
+        raise SystemExit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return [k for k in known if not asked or k in asked]
 
 
 # ---------------------------------------------------------------- decoding
@@ -44,92 +83,121 @@ def decode(args: argparse.Namespace) -> None:
 
     import foveate
 
-    model, _ = foveate.load("smollm2")
+    model, _ = foveate.load("smollm2", tokenizer=False)
     file = OUT / "cache_decode.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     for tokens in args.tokens:
         for batch in args.batch:
-            with torch.no_grad():
-                rounds = decode_rounds(model, tokens, batch, args.rounds)
-            result[f"{tokens} x {batch}"] = rounds
-            print("\n".join(decode_lines(tokens, batch, rounds)), flush=True)
-            save(file, result)
+            plain = None
+            for kind in kinds(args.kinds, tuple(SHARES)):
+                key = f"{tokens} x {batch} {kind}"
+                if key in result and not args.again:
+                    continue
+                with torch.no_grad():
+                    plain = plain or full(model, tokens, batch)
+                    result[key] = decode_rounds(model, plain, kind, tokens, batch, args.rounds)
+                print(decode_line(key, result[key]), flush=True)
+                save(file, result)
 
 
-def decode_rounds(model, tokens: int, batch: int, count: int) -> list[dict]:
-    """Seconds per decoded token and bytes, by kind, for each round."""
+def drawn(model, tokens: int, batch: int, layer: int):
+    """Random keys and values of one layer."""
     import torch
-    from transformers import DynamicCache
-
-    import foveate
-    from foveate.compress import Streaming
-    from foveate.core.cache import adopt, ragged_layers
-    from foveate.core.ragged import Ragged
 
     config = model.config
     shape = (batch, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
-    kinds = ["transformers", *(f"ours at {keep}" for keep in KEEPS)]
-    caches = {}
-    for kind in kinds:
-        caches[kind] = DynamicCache(config=config)
-        for n, layer in enumerate(caches[kind].layers):
-            rng = torch.Generator().manual_seed(n)
-            k, v = (torch.randn(shape, generator=rng) for _ in range(2))
-            if kind == "transformers":
-                layer.update(k, v)
-        if kind != "transformers":
-            adopt(caches[kind], None)
-            for n, layer in enumerate(ragged_layers(caches[kind])):
-                rng = torch.Generator().manual_seed(n)
-                k, v = (torch.randn(shape, generator=rng) for _ in range(2))
-                drawn = torch.rand(shape[:3], generator=rng).argsort(-1)
-                keep = drawn < float(kind.split()[-1]) * tokens
-                layer.store = Ragged.of_call(k, v, keep, torch.zeros(shape[:3]))
-                layer.seen, layer.real = tokens, torch.full((batch,), tokens)
-                layer.lazy_initialization(k, v)
-    token = torch.full((batch, 1), 1000)
+    rng = torch.Generator().manual_seed(layer)
+    return torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+
+
+def full(model, tokens: int, batch: int):
+    """transformers' own cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for n, layer in enumerate(cache.layers):
+        layer.update(*drawn(model, tokens, batch, n))
+    return cache
+
+
+def filled(model, mine: tuple, tokens: int, batch: int):
+    """The same under policies: of each head as many entries as they keep, drawn at random."""
+    import torch
+    from transformers import DynamicCache
+
+    from foveate.core.cache import adopt, ragged_layers
+    from foveate.core.policy import Policies
+    from foveate.core.ragged import Ragged
+
+    cache = DynamicCache(config=model.config)
+    adopt(cache, None)
+    layers, together = ragged_layers(cache), Policies.of(mine)
+    for n, layer in enumerate(layers):
+        k, v = drawn(model, tokens, batch, n)
+        seen = torch.full((batch,), tokens)
+        keep = torch.ones(k.shape[:3], dtype=torch.bool)
+        if together.score is not None:
+            counts = together.score.counts(seen, n, len(layers), k.shape[1], 520)
+            keep = torch.rand(k.shape[:3], generator=torch.Generator().manual_seed(n)).argsort(-1) < counts[..., None]
+        store = None if together.store is None else together.store.store
+        layer.store = Ragged.of_call(k, v, keep, torch.zeros(k.shape[:3]), store=store)
+        layer.seen, layer.real = tokens, seen
+        layer.lazy_initialization(k, v)
+    return cache
+
+
+def decode_rounds(model, plain, kind: str, tokens: int, batch: int, count: int) -> list[dict]:
+    """Seconds per decoded token and bytes, ours beside transformers', for each round."""
+    import torch
+
+    import foveate
+
+    mine, token = policies(kind), torch.full((batch, 1), 1000)
+    cache = filled(model, mine, tokens, batch)
     rounds = []
-    for n in range(count + 2):
-        one = {}
-        for kind in kinds:
-            if kind == "transformers":
-                begun = time.perf_counter()
-                model(input_ids=token, past_key_values=caches[kind])
-                seconds = time.perf_counter() - begun
-                held = sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[kind].layers)
-            else:
-                budget = foveate.Budget(float(kind.split()[-1]), every=0)
-                with foveate.attach(model, Streaming(budget)) as attached:
-                    begun = time.perf_counter()
-                    model(input_ids=token, past_key_values=caches[kind])
-                    seconds = time.perf_counter() - begun
-                held = attached.bytes_held()
-            one[kind] = {"seconds": seconds, "bytes": held}
-        # the first two warm everything up
-        if n >= 2:
+    with foveate.attach(model, *mine) as attached:
+        model(input_ids=token, past_key_values=cache)
+    for n in range(count + 1):
+        begun = time.perf_counter()
+        for _ in range(PLAIN_TOKENS):
+            model(input_ids=token, past_key_values=plain)
+        between = time.perf_counter()
+        with foveate.attach(model, *mine) as attached:
+            for _ in range(TOKENS):
+                model(input_ids=token, past_key_values=cache)
+        ended = time.perf_counter()
+        one = {
+            "plain": (between - begun) / PLAIN_TOKENS,
+            "seconds": (ended - between) / TOKENS,
+            "bytes": attached.bytes_held(),
+            "full": sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers),
+        }
+        for layer in plain.layers:
+            layer.crop(-PLAIN_TOKENS)
+        # the first one warms everything up
+        if n:
             rounds.append(one)
     return rounds
 
 
-def decode_lines(tokens: int, batch: int, rounds: list[dict]) -> list[str]:
-    lines = []
-    for kind in rounds[0]:
-        ratios = sorted(r[kind]["seconds"] / r["transformers"]["seconds"] for r in rounds)
-        seconds = statistics.median(r[kind]["seconds"] for r in rounds)
-        low, _, high = statistics.quantiles(ratios, n=4)
-        share = rounds[-1][kind]["bytes"] / rounds[-1]["transformers"]["bytes"]
-        lines.append(
-            f"| {tokens:,} | {batch} | {kind} | {seconds * 1e3:.1f} | {statistics.median(ratios):.2f} "
-            f"({low:.2f}-{high:.2f}) | {rounds[-1][kind]['bytes'] / 1e6:.1f} | {share:.3f} |"
-        )
-    return lines
+def decode_line(key: str, rounds: list[dict]) -> str:
+    size, kind = key.rsplit(" ", 1)
+    tokens, batch = size.split(" x ")
+    ratios = [r["seconds"] / r["plain"] for r in rounds]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    seconds, plain = (statistics.median(r[name] for r in rounds) for name in ("seconds", "plain"))
+    held, full = rounds[-1]["bytes"], rounds[-1]["full"]
+    return (
+        f"| {int(tokens):,} | {batch} | {kind} | {seconds * 1e3:.0f} | {plain * 1e3:.0f} | "
+        f"{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) | {held / 1e6:.1f} | {held / full:.3f} |"
+    )
 
 
 # ---------------------------------------------------------------- prompts
 
 
-def prompt_worker(kind: str, tokens: int, keep: float) -> dict:
-    """One prompt, in this process."""
+def prompt_worker(kind: str, tokens: int) -> dict:
+    """One prompt and a few tokens behind it, in this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -140,38 +208,35 @@ def prompt_worker(kind: str, tokens: int, keep: float) -> dict:
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = torch.tensor([tokenizer(text, verbose=False).input_ids[:tokens]])
-    with torch.no_grad():
+    where, _, name = kind.partition(":")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), ExitStack() as stack:
         model(ids[:, :64])
         gc.collect()
-        cache = DynamicCache(config=model.config)
-        where, _, name = kind.partition(":")
-        options = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         if where == "kvpress":
             import kvpress
 
-            with getattr(kvpress, PRESSES[name])(compression_ratio=1 - keep)(model):
-                seconds = timed(lambda: model(**options))
+            press = getattr(kvpress, PRESSES[name])
+            press = press(kvpress.SnapKVPress(1 - KEEP)) if name == "chunks" else press(compression_ratio=1 - KEEP)
+            stack.enter_context(press(model))
         elif where == "foveate":
             import foveate
-            from foveate.core.registry import make
 
-            with foveate.attach(model, make(name, "compress").within(keep)) as attached:
-                seconds = timed(lambda: model(**options))
-        else:
-            seconds = timed(lambda: model(**options))
+            attached = stack.enter_context(foveate.attach(model, *policies(name)))
+        begun = time.perf_counter()
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        between = time.perf_counter()
+        for n in range(PROMPT_TOKENS):
+            # the places go on behind the whole prompt, whatever a press has dropped of it
+            place = torch.tensor([[tokens + n]])
+            model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, position_ids=place)
+        ended = time.perf_counter()
         if where == "foveate":
             held = attached.bytes_held()
         else:
-            kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-            held = sum(t.untyped_storage().nbytes() for t in kept)
+            held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "bytes": held, "peak": peak}
-
-
-def timed(run) -> float:
-    begun = time.perf_counter()
-    run()
-    return time.perf_counter() - begun
+    return {"seconds": between - begun, "token": (ended - between) / PROMPT_TOKENS, "bytes": held, "peak": peak}
 
 
 def prompt(args: argparse.Namespace) -> None:
@@ -180,41 +245,47 @@ def prompt(args: argparse.Namespace) -> None:
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
     file = OUT / "cache_prompt.json"
     result = json.loads(file.read_text()) if file.exists() else {}
-    kinds = [("transformers", 1.0), *((f"foveate:{p}", 0.25) for p in POLICIES), ("foveate:heavy_hitters", 1.0)]
+    mine = [f"foveate:{k}" for k in kinds(args.kinds, ("all",))]
     if args.kvpress:
-        kinds += [(f"kvpress:{p}", 0.25) for p in PRESSES]
+        mine += [f"kvpress:{p}" for p in PRESSES if not args.kinds or p in args.kinds]
     for tokens in args.tokens:
-        rounds = []
-        for _ in range(args.rounds):
-            one = {}
-            for kind, keep in kinds:
-                python = args.kvpress if kind.startswith("kvpress") else sys.executable
-                command = [python, __file__, "worker", kind, str(tokens), str(keep)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-                last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
-                one[f"{kind} at {keep}"] = json.loads(last) if done.returncode == 0 else {"failed": last}
-            rounds.append(one)
-        result[str(tokens)] = rounds
-        print("\n".join(prompt_lines(tokens, rounds)), flush=True)
-        save(file, result)
+        for kind in mine:
+            key = f"{tokens} {kind}"
+            if key in result and not args.again:
+                continue
+            result[key] = [
+                {who: measured(who, tokens, args.kvpress, env) for who in ("transformers", kind)}
+                for _ in range(args.rounds)
+            ]
+            print(prompt_line(key, result[key]), flush=True)
+            save(file, result)
 
 
-def prompt_lines(tokens: int, rounds: list[dict]) -> list[str]:
-    lines, base = [], "transformers at 1.0"
-    for kind in rounds[0]:
-        fine = [r for r in rounds if "failed" not in r[kind]]
-        if not fine:
-            lines.append(f"| {tokens:,} | {kind} | {rounds[0][kind]['failed']} | | | | |")
-            continue
-        ratios = [r[kind]["seconds"] / r[base]["seconds"] for r in fine]
-        held, peak = (statistics.median(r[kind][x] for r in fine) for x in ("bytes", "peak"))
-        full, plain = (statistics.median(r[base][x] for r in fine) for x in ("bytes", "peak"))
-        lines.append(
-            f"| {tokens:,} | {kind} | {statistics.median(r[kind]['seconds'] for r in fine):.2f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {held / 1e6:.1f} | "
-            f"{held / full:.3f} | {(peak - plain) / 1e6:+.0f} |"
-        )
-    return lines
+def measured(kind: str, tokens: int, kvpress: str | None, env: dict) -> dict:
+    """What a process of its own says of one kind."""
+    python = kvpress if kind.startswith("kvpress") else sys.executable
+    command = [python, __file__, "worker", kind, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    last = said[-1] if said else f"ended with {done.returncode}"
+    return json.loads(last) if done.returncode == 0 else {"failed": last}
+
+
+def prompt_line(key: str, rounds: list[dict]) -> str:
+    tokens, kind = key.split(" ")
+    base, fine = "transformers", [r for r in rounds if "failed" not in r[kind]]
+    if not fine:
+        return f"| {int(tokens):,} | {kind} | {rounds[0][kind]['failed']} | | | | | |"
+    cells = []
+    for what in ("seconds", "token"):
+        ratios = [r[kind][what] / r[base][what] for r in fine]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    held, peak = (statistics.median(r[kind][x] for r in fine) for x in ("bytes", "peak"))
+    whole, plain = (statistics.median(r[base][x] for r in fine) for x in ("bytes", "peak"))
+    return (
+        f"| {int(tokens):,} | {kind} | {statistics.median(r[kind]['seconds'] for r in fine):.2f} | {cells[0]} | "
+        f"{cells[1]} | {held / 1e6:.1f} | {held / whole:.3f} | {(peak - plain) / 1e6:+.0f} |"
+    )
 
 
 # ---------------------------------------------------------------- both
@@ -234,40 +305,47 @@ def save(file: Path, result: dict) -> None:
     found = OUT / "cache_decode.json"
     if found.exists():
         lines = [
-            "`python bench/cache.py decode`: one decoded token",
+            "`python bench/cache.py decode`: one decoded token; policies keep or read a quarter",
             "",
-            "| tokens | batch | cache | ms per token | x transformers (quartiles) | MB held | share |",
-            "|---|---|---|---|---|---|---|",
+            "| tokens | batch | cache | ms per token | transformers' | x transformers (quartiles) | MB held | share |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for key, rounds in json.loads(found.read_text()).items():
-            lines += decode_lines(*(int(x) for x in key.split(" x ")), rounds)
+        lines += [decode_line(key, rounds) for key, rounds in ordered(found)]
         page.append("\n".join(lines))
     found = OUT / "cache_prompt.json"
     if found.exists():
         lines = [
-            "`python bench/cache.py prompt`: a prompt, batch 1",
+            f"`python bench/cache.py prompt`: a prompt and {PROMPT_TOKENS} tokens, batch 1; a quarter is kept or read",
             "",
-            "| tokens | cache | s to first token | x transformers (range) | MB held | share | peak MB over plain |",
-            "|---|---|---|---|---|---|---|",
+            "| tokens | cache | s to first token | x transformers (range) | each token, x transformers (range) | "
+            "MB held | share | peak MB over transformers |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for key, rounds in json.loads(found.read_text()).items():
-            lines += prompt_lines(int(key), rounds)
+        lines += [prompt_line(key, rounds) for key, rounds in ordered(found)]
         page.append("\n".join(lines))
     (OUT / "cache.md").write_text("\n\n".join(page) + "\n")
 
 
+def ordered(file: Path) -> list[tuple[str, list[dict]]]:
+    """What a file of results holds, by size."""
+    numbers = re.compile(r"\d+")
+    return sorted(json.loads(file.read_text()).items(), key=lambda item: [int(x) for x in numbers.findall(item[0])])
+
+
 def main() -> None:
     if sys.argv[1:2] == ["worker"]:
-        print(json.dumps(prompt_worker(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))))
+        print(json.dumps(prompt_worker(sys.argv[2], int(sys.argv[3]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("decode", "prompt"), nargs="?", default="decode")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--kinds", nargs="+", default=None, metavar="NAME", help="policies by name; default: all")
+    parser.add_argument("--again", action="store_true", help="measure again what is in the results")
     parser.add_argument("--kvpress", default=None, help="a Python with kvpress; left out when not given")
     args = parser.parse_args()
-    args.rounds = args.rounds or {"decode": 15, "prompt": 2}[args.what]
+    args.rounds = args.rounds or {"decode": 5, "prompt": 2}[args.what]
     {"decode": decode, "prompt": prompt}[args.what](args)
 
 

@@ -303,6 +303,32 @@ def test_what_is_not_asked_is_none_and_changes_nothing():
     assert torch.equal(bare.lse, everything.lse)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 200])
+def test_an_index_says_which_row_each_key_is(queries):
+    given = inputs("random", queries=queries, keys=300)
+    index = torch.randint(0, 300, (2, 300), generator=torch.Generator().manual_seed(3)).int()
+    at = index[:, None, :, None].long().expand_as(given["k"])
+    moved = given | {"k": given["k"].gather(2, at), "v": given["v"].gather(2, at)}
+    got, want = attend_all(given, index=index), attend_all(moved)
+    for field in (*ROW_FIELDS, "column"):
+        assert torch.equal(getattr(got, field), getattr(want, field)), field
+
+
+def test_an_index_may_be_shorter_than_the_rows():
+    given = inputs("full", queries=1, keys=90) | {"within": (), "match": (), "extra": None}
+    index = torch.tensor([[88, 3, 41], [0, 7, 7]], dtype=torch.int32)
+    short = given | {"key_position": given["key_position"][:, :3]}
+    got = native.attend(**short, index=index).out
+    rows = torch.arange(2)[:, None]
+    picked = given | {
+        "k": given["k"].transpose(1, 2)[rows, index.long()].transpose(1, 2),
+        "v": given["v"].transpose(1, 2)[rows, index.long()].transpose(1, 2),
+        "key_position": given["key_position"][:, :3],
+        "hi": given["hi"].clamp_max(3),
+    }
+    torch.testing.assert_close(got, reference(**picked)["out"].float(), atol=4e-6, rtol=0)
+
+
 def test_no_queries_and_no_keys():
     given = inputs(queries=1, keys=5)
     none = {name: given[name][:, :0] for name in ("lo", "hi", "query_position")}
@@ -333,6 +359,8 @@ def test_no_queries_and_no_keys():
         ({"sinks": torch.zeros(3)}, "sinks must have the shape"),
         ({"extra": torch.zeros(65, 2)}, "extra must be"),
         ({"softcap": -1.0}, "softcap must be positive"),
+        ({"index": torch.full((2, 65), 65, dtype=torch.int32)}, "index must be from 0 to 64"),
+        ({"index": torch.zeros(3, 65, dtype=torch.int32)}, "index must be int32"),
     ],
 )
 def test_bad_inputs_raise(change, sentence):

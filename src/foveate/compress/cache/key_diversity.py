@@ -19,6 +19,9 @@ from foveate.core.policy import Held
 
 __all__ = ["KeyDiversity"]
 
+# no key is as short
+TINY = 1e-12
+
 
 @dataclass(frozen=True)
 class KeyDiversity(Policy):
@@ -60,6 +63,7 @@ class KeyDiversity(Policy):
     def score(self, held: Held) -> Float[Tensor, "batch kv_heads key"]:
         # what is no entry may be anything, NaN too
         k = torch.where(held.there[..., None], held.k.float(), 0.0)
-        direction = torch.nn.functional.normalize(k, dim=-1)
-        anchor = direction.sum(2, keepdim=True)
-        return -torch.nn.functional.cosine_similarity(direction, anchor, dim=-1)
+        length = k.norm(dim=-1).clamp_min(TINY)
+        # the sum of the directions, without laying them out
+        anchor = (1 / length)[:, :, None] @ k
+        return -(k @ anchor.mT)[..., 0] / (length * anchor.norm(dim=-1).clamp_min(TINY))
