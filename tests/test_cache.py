@@ -364,6 +364,13 @@ def test_best_takes_the_later_of_two_equals():
     assert best(torch.full((1, 1, 3), -torch.inf), torch.tensor([[2]])).sum() == 0
 
 
+def test_a_plan_is_meant_as_it_stands_in_a_pyramid():
+    budget = Budget(0.1, layers="pyramid", heads=((3, 0, 1.0), (3, 1, 80)))
+    counts = budget.counts(torch.tensor([1000]), 3, 4, 3, 8)
+    assert counts[0, :2].tolist() == [1000, 80]
+    assert counts[0, 2] < 100
+
+
 # ---------------------------------------------------------------- policies: what they keep, by hand
 
 

@@ -126,13 +126,15 @@ class Budget:
         columns = []
         for h in range(kv_heads):
             keep = named.get((layer, h), self.keep)
+            # what a plan says of a head is meant as it stands
+            own = 1.0 if (layer, h) in named else factor
             if isinstance(keep, str):
                 heads = layers * kv_heads * len(seen)
-                count = torch.full_like(seen, int(factor * in_bytes(keep) / (heads * entry_bytes)))
+                count = torch.full_like(seen, int(own * in_bytes(keep) / (heads * entry_bytes)))
             elif isinstance(keep, int):
-                count = torch.full_like(seen, int(factor * keep))
+                count = torch.full_like(seen, int(own * keep))
             else:
-                count = (seen.double() * keep * factor + 1e-9).floor().to(seen)
+                count = (seen.double() * keep * own + 1e-9).floor().to(seen)
             columns.append(count)
         least = seen.clamp_max(self.least)[:, None]
         return torch.minimum(torch.maximum(torch.stack(columns, 1), least), seen[:, None])
