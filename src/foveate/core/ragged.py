@@ -26,8 +26,8 @@ EMPTY = torch.iinfo(torch.int32).max
 # rows that the kernel takes at once without packing the whole flat list for each head
 KERNEL_ROWS = 96
 SPARE = 32
-# bytes of rows that are laid out at once from a packed form
-LAID_OUT = 8 << 20
+# bytes of rows that are laid out at once from a packed form: more costs page faults
+LAID_OUT = 2 << 20
 
 
 class Packed:

@@ -1,0 +1,75 @@
+r"""Quantised: keep every entry, and keep it in 8 or 4 bits a channel.
+
+    code = round((x R - m) / s + top / 2),        x' = (m + s (code - top / 2)) R^T,        top = 2^bits - 1
+
+x are the channels of a key or a value in groups, m and s the middle and the step of a group, R a Hadamard matrix that
+spreads the few large channels of keys over their group, so that they do not set the step for all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.card import Card, Needs
+from foveate.core.mechanism import Policy
+from foveate.core.packed import IntegerRows
+from foveate.core.params import bounded, choice
+
+__all__ = ["Quantised"]
+
+
+@dataclass(frozen=True)
+class Quantised(Policy):
+    """Store keys and values as integers, each row by itself; attention turns them into numbers again as it reads.
+
+    Args:
+        bits: Of each channel, 8 or 4.
+        group: Channels of a row that share a middle and a step, at most.
+
+    Example:
+        All entries stay, in a third or a fifth of the bytes; positions and scores are counted with them.
+
+        >>> import foveate
+        >>> from foveate.compress import Quantised, Streaming
+        >>> from foveate.testing import handmade
+        >>> ids = handmade.ids("To be. Or not to be. Ask.")
+        >>> def held(*policies):
+        ...     with foveate.attach(handmade.model(), *policies) as attached:
+        ...         cache = attached.model(ids).past_key_values
+        ...         return attached.bytes_held()
+        >>> whole = held(Streaming(1.0))
+        >>> [round(held(Quantised(bits)) / whole, 2) for bits in (8, 4)]
+        [0.3, 0.18]
+    """
+
+    bits: int = choice(8, 8, 4)
+    group: int = bounded(32, 8, 256)
+
+    card: ClassVar = Card(
+        title="QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+        year=2024,
+        family="kv cache",
+        needs=Needs.KEYS | Needs.VALUES,
+        equation="code = round((x R - m) / s + top / 2); x' = (m + s (code - top / 2)) R^T; top = 2^bits - 1",
+        differs="only the cache is quantised, no weights and no other activations; keys and values are rotated when "
+        "they are stored and back when they are read, the paper rotates queries with the keys and folds the rotation "
+        "of values into the weights; each group is rotated by itself, which keeps the two halves that rotary positions "
+        "pair apart; nothing is clipped; a group whose size is no power of two is rotated by a Hadamard matrix times "
+        "a Hartley matrix; m and s are in bfloat16. KIVI gives each channel of keys a step of its own over many "
+        "tokens, which is closer at 4 bits and needs the tokens to stay together",
+        use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
+        misleads="it saves bytes and no time: rows are turned into numbers again at each token. The call that brings "
+        "tokens still sees them as they came, so that the loss shows from the next call on",
+    )
+    test_params: ClassVar = ({}, {"bits": 4})
+
+    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> IntegerRows:
+        return IntegerRows.empty(slots, rows.shape[1], self.bits, self.group, rows.dtype, rows.device)
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return IntegerRows.row_bytes(width, self.bits, self.group)

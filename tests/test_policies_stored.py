@@ -1,0 +1,304 @@
+"""What dropped entries leave behind, and how entries are stored: numbers by hand, and what is lost."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import foveate
+from foveate.compress import HeavyHitters, MergeDropped, Quantised, Streaming
+from foveate.compress.cache import merge_dropped
+from foveate.core.budget import Budget
+from foveate.core.cache import ragged_layers
+from foveate.core.errors import BadInput, BadParameter
+from foveate.core.mask import Mask
+from foveate.core.mechanism import Policy
+from foveate.core.packed import IntegerRows, grouping, rotation
+from foveate.core.policy import Held
+from foveate.core.ragged import EMPTY, Packed
+from foveate.core.rows import Rows, View
+from foveate.testing import check_mechanism, tiny
+from foveate.testing.policies import decoded, ids_of, left_padded, padded_ids, run
+
+CPU = torch.device("cpu")
+SMALL = Budget(0.4, sinks=2, recent=3, every=3)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def held(k: torch.Tensor, v: torch.Tensor, position: torch.Tensor | None = None, mass: Any = None) -> Held:
+    """A cache with these entries, [batch, kv_heads, key, dim]."""
+    q = torch.zeros(k.shape[0], k.shape[1], 1, k.shape[3])
+    rows = Rows(View(q, k, v, Mask.full(1, k.shape[2], CPU)), q[:0], {}, "none")
+    shape = k.shape[:3]
+    position = torch.arange(shape[2]).expand(shape) if position is None else position
+    return Held(rows, position, torch.zeros(shape), torch.full(shape[:2], 2), mass)
+
+
+def rows_of(values: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(values)[None, None]
+
+
+# ---------------------------------------------------------------- merging
+
+
+def test_weights_are_those_of_the_equation():
+    root = math.sqrt(0.5)
+    k = rows_of([[2.0, 0.0], [1.0, 1.0], [0.0, 3.0], [-1.0, -1.0]])
+    v = rows_of([[1.0], [5.0], [7.0], [9.0]])
+    keep = torch.tensor([[[True, False, True, False]]])
+    made = MergeDropped(least=0.5, mass=False).merge(held(k, v), keep)
+    # the second entry lies between the kept ones, and the first of them has it; the last is like none
+    e, w = math.e, math.exp(root)
+    want = torch.tensor([(2 * e + w) / (e + w), w / (e + w)])
+    torch.testing.assert_close(made.k[0, 0, 0], want)
+    torch.testing.assert_close(made.v[0, 0, 0, 0], torch.tensor((e + 5 * w) / (e + w)))
+    torch.testing.assert_close(made.k[0, 0, 2], k[0, 0, 2])
+    assert made.mass[0, 0, [0, 2]].tolist() == [1, 1]
+
+
+def test_masses_add_up_and_weigh():
+    k = rows_of([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    v = rows_of([[0.0], [8.0], [1.0]])
+    keep = torch.tensor([[[True, False, True]]])
+    given = held(k, v, mass=torch.tensor([[[1.0, 3.0, 2.0]]]))
+    made = MergeDropped(mass=True).merge(given, keep)
+    assert made.mass[0, 0, [0, 2]].tolist() == [4, 2]
+    torch.testing.assert_close(made.v[0, 0, :, 0][keep[0, 0]], torch.tensor([6.0, 1.0]))
+
+
+def test_what_is_below_the_threshold_leaves_nothing():
+    k, v = random(2, 3, 20, 8), random(2, 3, 20, 8, seed=1)
+    keep = (torch.arange(20) % 3 == 0).expand(2, 3, 20)
+    made = MergeDropped(least=1.0).merge(held(k, v), keep)
+    torch.testing.assert_close(made.k[keep], k[keep])
+    torch.testing.assert_close(made.v[keep], v[keep])
+    assert made.mass[keep].eq(1).all()
+
+
+def test_no_token_is_lost_where_all_merge():
+    k, v = random(2, 3, 20, 8), random(2, 3, 20, 8, seed=1)
+    keep = random(2, 3, 20, seed=2) > 0.5
+    keep[..., 0], keep[..., -1] = False, True
+    made = MergeDropped(least=-1.0).merge(held(k, v), keep)
+    assert torch.where(keep, made.mass, 0).sum(-1).eq(20).all()
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    k, v = random(2, 2, 60, 8), random(2, 2, 60, 8, seed=1)
+    keep = random(2, 2, 60, seed=2) > 0.8
+    keep[..., 0] = True
+    whole = MergeDropped(least=0.2).merge(held(k, v), keep)
+    monkeypatch.setattr(merge_dropped, "AT_ONCE", 1)
+    some = MergeDropped(least=0.2).merge(held(k, v), keep)
+    torch.testing.assert_close(some.k[keep], whole.k[keep])
+    assert some.mass[keep].tolist() == whole.mass[keep].tolist()
+
+
+def test_similarities_are_never_there_all_at_once(monkeypatch):
+    seen = []
+    matmul = torch.Tensor.__matmul__
+
+    def watched(self, other):
+        made = matmul(self, other)
+        seen.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    k = random(1, 3, 8192, 8)
+    keep = (torch.arange(8192) % 4 == 0).expand(1, 3, 8192)
+    MergeDropped().merge(held(k, k), keep)
+    assert sum(seen) == 4 * 3 * 6144 * 2048
+    assert max(seen) <= 32 << 20
+
+
+def test_nan_where_there_is_no_entry_stays_there():
+    k, v = random(2, 2, 24, 8), random(2, 2, 24, 8, seed=1)
+    position = torch.arange(24).expand(2, 2, 24).clone()
+    position[1, :, :7] = EMPTY
+    there = position != EMPTY
+    keep = there & (torch.arange(24) % 2 == 0)
+    clean = MergeDropped(least=-1.0).merge(held(k, v, position, torch.ones(2, 2, 24)), keep)
+    spoilt = [torch.where(there[..., None], t, torch.nan) for t in (k, v)]
+    made = MergeDropped(least=-1.0).merge(held(*spoilt, position, torch.where(there, 1.0, torch.nan)), keep)
+    for name in ("k", "v", "mass"):
+        assert torch.equal(getattr(made, name)[keep], getattr(clean, name)[keep])
+
+
+def test_merging_keeps_the_mass_of_a_real_run():
+    model, ids, padding = tiny.model("llama"), ids_of(), left_padded()
+    with torch.no_grad(), foveate.attach(model, HeavyHitters(SMALL), MergeDropped(least=-1.0)) as attached:
+        cache = attached.model(padded_ids(ids, padding)[:, :41], attention_mask=padding).past_key_values
+    for layer in ragged_layers(cache):
+        total = torch.where(layer.store.held, layer.store.spread(layer.store.mass), 0).sum(-1)
+        torch.testing.assert_close(total, layer.real[:, None].expand_as(total).float())
+
+
+def test_alone_it_has_no_budget():
+    with pytest.raises(BadInput, match="MergeDropped drops nothing"):
+        MergeDropped().within(0.5)
+
+
+# ---------------------------------------------------------------- storing
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 20, 24, 32, 64])
+def test_a_rotation_is_symmetric_and_its_own_inverse(size):
+    made = rotation(size, CPU)
+    torch.testing.assert_close(made @ made, torch.eye(size))
+    torch.testing.assert_close(made, made.T)
+    assert float(made.abs().max()) <= 2**0.5 / size**0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "group", "want"),
+    [
+        (64, 8, 32, (2, 32)),
+        (8, 4, 32, (1, 8)),
+        (80, 4, 32, (4, 20)),
+        (112, 4, 32, (4, 28)),
+        (7, 8, 32, (1, 7)),
+        (7, 4, 32, (1, 8)),
+        (34, 4, 32, (2, 18)),
+    ],
+)
+def test_groups_are_of_one_size_and_fill_bytes(width, bits, group, want):
+    assert grouping(width, bits, group) == want
+
+
+def test_codes_by_hand():
+    rows = torch.tensor([[3.0, 0.0], [0.0, -1.0]])
+    made = IntegerRows.empty(2, 2, 8, 8, torch.float32, CPU)
+    made[:] = rows
+    # rotated by [[1, 1], [1, -1]] / sqrt 2: twice the same number, and two of opposite sign
+    assert made.codes[1].tolist() == [0, 255]
+    assert made.grid[1, 0].tolist() == [0]
+    assert float(made.grid[1, 1]) == pytest.approx(2 * math.sqrt(0.5) / 255, rel=2**-8)
+    torch.testing.assert_close(made.dense(), rows, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 7, 34, 64, 80])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (4, 0.13)])
+def test_rows_come_back(width, bits, most):
+    rows = random(50, width)
+    made = IntegerRows.empty(50, width, bits, 32, torch.float32, CPU)
+    made[:] = rows
+    assert float((made.dense() - rows).norm() / rows.norm()) < most
+    assert made[torch.tensor([[3, 4, 5], [0, 1, 2]])].dense().shape == (2, 3, width)
+    assert torch.equal(made[3:5].dense(), made.dense()[3:5])
+
+
+def test_one_large_channel_does_not_cost_the_others():
+    rows = random(200, 64)
+    rows[:, 5] = 40.0
+    made = IntegerRows.empty(200, 64, 4, 32, torch.float32, CPU)
+    made[:] = rows
+    rotated = (made.dense() - rows)[:, :32].norm()
+    low, high = rows[:, :32].aminmax(dim=-1, keepdim=True)
+    plain = rows[:, :32].sub(low).div((high - low) / 15).round().mul((high - low) / 15).add(low)
+    assert float(rotated) < 0.6 * float((plain - rows[:, :32]).norm())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_any_size_of_numbers_and_rows_of_one_number(size):
+    rows = torch.cat([random(5, 64) * size, torch.full((1, 64), 3.0) * size, torch.zeros(1, 64)])
+    made = IntegerRows.empty(7, 64, 8, 32, torch.float32, CPU)
+    made[:] = rows
+    off, rows = (made.dense() - rows).double().norm(dim=-1), rows.double().norm(dim=-1)
+    assert (off <= 0.01 * rows).all()
+
+
+def test_a_slot_that_was_never_set_spoils_no_other():
+    made = IntegerRows.empty(3, 16, 8, 16, torch.float32, CPU)
+    made.grid.fill_(torch.nan)
+    made[torch.tensor([1])] = torch.ones(1, 16)
+    assert made.dense()[1].isfinite().all()
+    assert made.dense()[[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.30), (4, 0.18)])
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
+def test_bytes(bits, most, width):
+    made = Quantised(bits).store(random(1, width), 1000)
+    held = sum(t.nbytes for t in vars(made).values() if isinstance(t, torch.Tensor))
+    assert held == 1000 * Quantised(bits).row_bytes(width, torch.float32)
+    assert held <= most * 1000 * width * 4
+
+
+def test_other_packed_rows_are_taken_as_numbers():
+    eight, four = (Quantised(bits).store(random(1, 64), 10) for bits in (8, 4))
+    eight[:] = random(10, 64)
+    four[:] = eight
+    assert float((four.dense() - eight.dense()).norm() / eight.dense().norm()) < 0.13
+
+
+def test_the_common_checks_hold_at_4_bits_and_the_usual_group():
+    # `stored_rows` asks more of the worst channel of a row than 4 bits can give behind a rotation
+    names = ["free_slots", "half_precision"]
+    assert check_mechanism(Quantised(4), only=names) == names
+
+
+def test_4_bits_lose_more_than_8():
+    model, ids = tiny.model("llama"), ids_of()
+    plain = decoded(run(model, ids, Streaming(1.0)))
+    lost = [float((decoded(run(model, ids, Quantised(bits))) - plain).norm() / plain.norm()) for bits in (8, 4)]
+    assert 0 < lost[0] < 0.02
+    assert 3 * lost[0] < lost[1] < 0.3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dropping_merging_and_storing_together(bits):
+    model, ids, padding = tiny.model("llama"), ids_of(), left_padded()
+    given = padded_ids(ids, padding)
+
+    def said(*policies: Policy) -> torch.Tensor:
+        with torch.no_grad(), foveate.attach(model, *policies) as attached:
+            cache, out = None, []
+            for a, b in ((0, 17), (17, 41), *((n, n + 1) for n in range(41, 50))):
+                mask = torch.cat([padding, torch.ones_like(ids[:, 41:])], 1)[:, :b]
+                place = (mask.cumsum(1) - 1).clamp_min(0)[:, a:b]
+                made = attached.model(
+                    given[:, a:b], attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True
+                )
+                cache = made.past_key_values
+                out.append(made.logits[:, -1])
+        store = cache.layers[0].store
+        assert isinstance(store.keys, Packed) == any(isinstance(p, Quantised) for p in policies)
+        return torch.stack(out, 1)
+
+    plain = said(HeavyHitters(SMALL), MergeDropped())
+    both = said(HeavyHitters(SMALL), MergeDropped(), Quantised(bits))
+    assert 0 < float((both - plain).norm() / plain.norm()) < (0.03 if bits == 8 else 0.6)
+
+
+def test_a_budget_in_bytes_knows_the_stored_form():
+    model, ids = tiny.model("llama"), ids_of(length=200)
+    budget = Budget("36kB", sinks=2, recent=3, every=0)
+
+    def longest(*policies: Policy) -> tuple[int, int]:
+        with torch.no_grad(), foveate.attach(model, *policies) as attached:
+            cache = attached.model(ids).past_key_values
+            return ragged_layers(cache)[0].store.longest, attached.bytes_held()
+
+    (few, plain), (more, packed) = longest(Streaming(budget)), longest(Streaming(budget), Quantised(4))
+    assert more > 2.5 * few
+    # and some room for new tokens
+    assert max(plain, packed) < 48_000
+
+
+@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": True}, {"group": 4}])
+def test_what_it_cannot_be(bad, unchecked):
+    with pytest.raises(BadParameter, match=re.escape(f"Quantised({next(iter(bad))}=")):
+        Quantised(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"least": 1.5}, {"mass": "no"}])
+def test_what_merging_cannot_be(bad, unchecked):
+    with pytest.raises(BadParameter, match=re.escape(f"MergeDropped({next(iter(bad))}=")):
+        MergeDropped(**bad)
