@@ -59,7 +59,7 @@ def command(
         planned = None if plan is None else Plan.load(plan)
 
         # a policy that cannot be is told before a model is opened
-        chosen = [make(one, "compress") for one in policy]
+        chosen: list[Any] = [make(one, "compress") for one in policy]
         chosen = [one.within(amount) if one.parts & {"score", "read"} else one for one in chosen]
         Policies.of(chosen)
         network, tokenizer = load(model)

@@ -308,7 +308,7 @@ class Policy(Mechanism):
         Raises:
             BadInput: it has none.
         """
-        if "budget" not in {f.name for f in fields(self)}:  # type: ignore[arg-type]
+        if "budget" not in {f.name for f in fields(self)}:
             raise BadInput(
                 f"{type(self).__name__} drops nothing and has no budget; attach it beside a policy that says what stays"
             )

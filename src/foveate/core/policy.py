@@ -168,7 +168,9 @@ class Reading:
     @property
     def store(self) -> Ragged:
         """The entries as they are stored."""
-        return self.layers[self.at].store
+        store = self.layers[self.at].store
+        assert store is not None
+        return store
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class Ragged:
             None if mass is None else torch.ones(slots, device=keys.device),
         )
         made.keys[to], made.values[to] = keys, values
-        if mass is not None:
+        if made.mass is not None and mass is not None:
             made.mass[to] = mass
         made.position[to], made.score[to] = position.to(torch.int32), score.float()
         return made

@@ -41,7 +41,7 @@ __all__ = [
 PROMPT = 41
 STEPS = 9
 # room for a choice: 41 tokens, of which about 16 stay
-SMALL = {"keep": 0.4, "sinks": 2, "recent": 3, "every": 3}
+SMALL: dict[str, Any] = {"keep": 0.4, "sinks": 2, "recent": 3, "every": 3}
 
 
 LITTLE = Budget(**SMALL)
@@ -260,7 +260,7 @@ class Witness(Policy):
     budget: Any = 1.0
 
     @property
-    def parts(self) -> frozenset[str]:  # type: ignore[override]
+    def parts(self) -> frozenset[str]:
         return self.inner.parts
 
     def read(self, reading: Reading) -> Tensor | None:

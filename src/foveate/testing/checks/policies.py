@@ -284,7 +284,7 @@ class Spoilt(Policy):
     budget: Any = 1.0
 
     @property
-    def parts(self) -> frozenset[str]:  # type: ignore[override]
+    def parts(self) -> frozenset[str]:
         return self.inner.parts
 
     def needs(self) -> tuple[Reduction, ...]:
