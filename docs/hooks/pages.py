@@ -184,6 +184,8 @@ def parameters(entry: Entry, described: dict[str, str], errors: list[tuple[str, 
 def default_of(param: Entry) -> str:
     """A parameter's default as code; a dash where it must be given."""
     default = param["default"]
+    if isinstance(default, dict):
+        return f"`{cell(default['code'])}`"
     if default is None:
         return "–"
     # a text may be empty, or begin with a line break

@@ -121,7 +121,11 @@ def kind(cls: type) -> str:
 
 def param(field: dataclasses.Field, meaning: str) -> dict[str, Any]:
     """A parameter: its default (None where one must be given), what it may be, and what it means."""
+    from foveate.core.budget import Budget
+
     default = None if field.default is dataclasses.MISSING else field.default
+    if isinstance(default, Budget):
+        default = {"code": repr(default)}
     bounds = field.metadata.get("bounds")
     return {"name": field.name, "default": default, "bounds": str(bounds) if bounds else "any", "meaning": meaning}
 

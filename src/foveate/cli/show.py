@@ -81,8 +81,9 @@ def parameters(params: list[dict[str, Any]]) -> list[str]:
     found = []
     for p in params:
         default = tuple(p["default"]) if isinstance(p["default"], list) else p["default"]
+        shown = default["code"] if isinstance(default, dict) else repr(default)
         bounds = "" if p["bounds"] == "any" else f"  [dim]{escape(p['bounds'])}[/]"
-        found.append(f"[bold]{p['name']}[/] = {escape(repr(default))}{bounds}\n  {escape(p['meaning'])}")
+        found.append(f"[bold]{p['name']}[/] = {escape(shown)}{bounds}\n  {escape(p['meaning'])}")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -84,6 +84,11 @@ class Budget:
                 f"{self.waiting} new ones that always stay: keep {self.least} or more, or say "
                 f"Budget({keep}, sinks=…, recent=…, every=…)"
             )
+
+    def __repr__(self) -> str:
+        """As it is written: what has its usual value is left out."""
+        changed = [f for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        return f"Budget({', '.join([repr(self.keep), *(f'{f.name}={getattr(self, f.name)!r}' for f in changed)])})"
 
     @classmethod
     def of(cls, given: Amount) -> Budget:

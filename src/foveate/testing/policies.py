@@ -265,8 +265,11 @@ class Witness(Policy):
 
     def read(self, reading: Reading) -> Tensor | None:
         only = self.inner.read(reading)
-        at = None
+        at, room = None, reading.room
         if only is not None:
             at = reading.position.gather(-1, only.clamp_min(0)).masked_fill(only < 0, EMPTY)
-        self.seen.append((reading.at, at, reading.room))
+            # a row may read everything beside rows that choose
+            held = reading.store.length
+            room = torch.where((only >= 0).sum(-1) == held, held, room)
+        self.seen.append((reading.at, at, room))
         return only

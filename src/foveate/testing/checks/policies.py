@@ -120,6 +120,8 @@ def tensors_of(thing: Any, deep: int = 4) -> Iterator[Tensor]:
     if isinstance(thing, Tensor):
         yield thing
     elif deep:
+        if isinstance(thing, dict):
+            thing = tuple(thing.values())
         parts = thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
         for part in parts:
             if not callable(part) or isinstance(part, Tensor):
