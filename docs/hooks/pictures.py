@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from svg import BLUE, GREEN, INK, ORANGE, bare, drawing, shade, svg
 
+from foveate.compress import Streaming
 from foveate.core.attach import attach
 from foveate.core.budget import Budget
 from foveate.core.mechanism import (
@@ -39,6 +40,7 @@ from foveate.measure._watch import Watch, seen
 from foveate.steer.expert_switch import choice_rates
 from foveate.testing import handmade, tiny
 from foveate.testing.checks.steering import for_row
+from foveate.testing.policies import Witness
 
 __all__ = ["measured", "numbers", "picture", "setting"]
 
@@ -319,27 +321,64 @@ SAYING = "To be, or not to be. That is 1 of 2 questions. To be, or"
 
 
 def draw_policy(policy: Policy) -> tuple[str, str]:
-    """Which tokens of a saying each head of the hand-made model still has, half of them at most."""
-    length = len(SAYING) + 1
-    small = policy.within(Budget(0.4, sinks=1, recent=3, every=0))
-    with attach(handmade.model(), small) as attached:
-        cache = attached.model(handmade.ids(SAYING)).past_key_values
+    """What a policy does to the cache of the hand-made model behind a saying."""
+    if "store" in policy.parts:
+        return draw_stored(policy)
+    ids, read, small = handmade.ids(SAYING), list[Any](), Budget(0.4, sinks=1, recent=3, every=0)
+    name, mine = type(policy).__name__, (policy,)
+    if "score" in policy.parts:
+        mine = (policy.within(small),)
+        said = f"which tokens of a text they still have under <code>{name}</code> when 40 % may stay"
+    elif "merge" in policy.parts:
+        mine = (Streaming(small), policy)
+        said = f"how many tokens each entry stands for under <code>{name}</code>, when the first and the last 40 % stay"
+    else:
+        mine = (Witness(policy.within(small), read, small),)
+        said = f"which tokens of a text its last one reads under <code>{name}</code> when 40 % may be read"
+    with attach(handmade.model(), *mine) as attached:
+        # what reads all at its first token does not at its fourth
+        cache = attached.model(ids[:, :-4]).past_key_values
+        for token in ids[:, -4:].split(1, 1):
+            attached.model(token, past_key_values=cache)
+    read = read[-len(cache.layers) :]
     names = [f"{name}, layer {n}" for n, heads in enumerate(handmade.HEADS) for name in heads]
-    held = np.zeros((len(names), length))
+    held = np.zeros((len(names), ids.shape[1]))
     for n, layer in enumerate(cache.layers):
-        for head, at in enumerate(layer.store.positions()[0].tolist()):
-            held[n * len(handmade.HEADS[0]) + head, [j for j in at if j < length]] = 1
+        position, store = layer.store.positions()[0], layer.store
+        mass = torch.ones(position.shape) if store.mass is None else store.spread(store.mass)[0].log2() + 1
+        if read and read[n][1] is not None:
+            position, mass = read[n][1][0], torch.ones(read[n][1][0].shape)
+        for head, (at, weight) in enumerate(zip(position.tolist(), mass.tolist(), strict=True)):
+            for where, amount in zip(at, weight, strict=True):
+                if where < ids.shape[1]:
+                    held[n * len(handmade.HEADS[0]) + head, where] = amount
     with drawing(8.6, 2.4) as figure:
         ax = figure.subplots()
-        shade(ax, held, ORANGE, most=1.6)
+        shade(ax, held, ORANGE, most=1.6 * max(1.0, held.max()))
         ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.set_xticks(range(length), ["^", *SAYING], fontsize=7, family="monospace")
+        ax.set_xticks(range(ids.shape[1]), ["^", *SAYING], fontsize=7, family="monospace")
         ax.tick_params(length=0)
-        ax.set_xticks(np.arange(length) + 0.5, minor=True)
-        return svg(figure), (
-            f"Eight heads that do what their names say, and which tokens of a text they still have under "
-            f"<code>{type(policy).__name__}</code> when 40 % may stay; ^ is the start of the text."
-        )
+        ax.set_xticks(np.arange(ids.shape[1]) + 0.5, minor=True)
+        return svg(figure), f"Eight heads that do what their names say, and {said}; ^ is the start of the text."
+
+
+def draw_stored(policy: Policy) -> tuple[str, str]:
+    """Keys of the hand-made model as they are, as they are stored, and the difference."""
+    ids = handmade.ids(SAYING)
+    found = []
+    for one in (Streaming(1.0), policy):
+        with attach(handmade.model(), one) as attached:
+            store = attached.model(ids).past_key_values.layers[1].store
+        found.append(store.spread(store.keys)[0, 1, : ids.shape[1]].float().T.numpy())
+    sides = {"as they are": found[0], "as they are stored": found[1], "the difference": abs(found[1] - found[0])}
+    with drawing(8.6, 1.9) as figure:
+        for ax, (title, rows) in zip(figure.subplots(1, 3), sides.items(), strict=True):
+            shade(ax, abs(rows), ORANGE, most=abs(found[0]).max())
+            ax.set_title(title, fontsize=8)
+            ax.set_xlabel("token", fontsize=8)
+            ax.tick_params(labelsize=6)
+        figure.axes[0].set_ylabel("channel", fontsize=8)
+        return svg(figure), f"Sizes of the keys of one head under <code>{spelled(policy)}</code>."
 
 
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {

@@ -37,7 +37,8 @@ class ValueNorm(Policy):
         no score is left.
 
         >>> import foveate
-        >>> from foveate.compress import HeavyHitters, ValueNorm
+        >>> from foveate.compress import HeavyHitters
+        >>> from foveate.compress import ValueNorm
         >>> from foveate.testing import handmade
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(8, sinks=1, recent=2, every=0)
