@@ -77,7 +77,7 @@ class MergeDropped(Policy):
         "shorter than both, so that a low threshold does more harm than dropping. An entry that was merged is no token "
         "of the text any more, though it keeps one token's position",
     )
-    test_params: ClassVar = ({}, {"least": -1.0}, {"mass": False})
+    test_params: ClassVar = ({"least": -1.0}, {"mass": False})
 
     def merge(self, held: Held, keep: Bool[Tensor, "batch kv_heads key"]) -> Merged:
         there = held.there

@@ -120,7 +120,6 @@ class MixtureOfSpans(Policy):
     test_params: ClassVar = (
         {},
         {"alpha": 6.0, "beta": 0.0, "spans": ((0, 1, 0.0, 1.0), (1, 0, -4.0, 0.4))},
-        {"alpha": -3.0, "beta": 0.2},
     )
 
     @cached_property

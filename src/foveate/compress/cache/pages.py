@@ -78,7 +78,7 @@ class Pages(Policy):
         misleads="the bound says that a page may hold a matching key, not that it does: where keys of a page point in "
         "different directions it is loose",
     )
-    test_params: ClassVar = ({"first": 0, "page": 4}, {"first": 1, "page": 3}, {"first": 0})
+    test_params: ClassVar = ({"first": 0, "page": 4}, {"first": 1, "page": 3})
 
     def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:
         if reading.at < self.first or bool((reading.store.length <= reading.room).all()):

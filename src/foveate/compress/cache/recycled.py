@@ -79,7 +79,7 @@ class Recycled(Policy):
         use="when neighbouring tokens look at the same places, as in long answers from a long text",
         misleads="what becomes important between two full steps is not read; a full step reads more than the budget",
     )
-    test_params: ClassVar = ({}, {"stride": 3}, {"similarity": 0.6, "check": 1})
+    test_params: ClassVar = ({"stride": 3}, {"similarity": 0.6, "check": 1})
 
     def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:
         state, room, length = reading.state, reading.room, reading.store.length

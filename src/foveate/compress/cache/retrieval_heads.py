@@ -90,7 +90,6 @@ class RetrievalHeads(Policy):
         "little is left to drop",
     )
     test_params: ClassVar = (
-        {},
         {"heads": ((1, 1),)},
         {"heads": ((0, 0),), "budget": Budget(0.4, sinks=2, recent=3, every=3)},
     )
