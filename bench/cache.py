@@ -52,15 +52,16 @@ PRESSES = {
 def policies(kind: str) -> tuple:
     """The policies behind a kind, as `attach` takes them."""
     import foveate
+    from foveate.compress import HeavyHitters, Streaming
     from foveate.core.registry import make
 
     if kind in SHARES:
-        return (foveate.compress.Streaming(foveate.Budget(SHARES[kind], every=0)),)
+        return (Streaming(foveate.Budget(SHARES[kind], every=0)),)
     one = make(kind, "compress")
     if one.parts & {"score", "read"}:
         return (one.within(KEEP),)
     # what acts on entries that go has none to act on alone
-    beside = (foveate.compress.HeavyHitters(KEEP),) if "merge" in one.parts else ()
+    beside = (HeavyHitters(KEEP),) if "merge" in one.parts else ()
     return (*beside, one)
 
 
