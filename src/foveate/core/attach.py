@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -257,6 +257,7 @@ class Attached:
         longest: Tokens of the longest text that came by.
         paused: Whether another attachment is being tried on the model.
         trial: What looks at each call while this one is being tried.
+        branches: Caches besides the call's own that are filled from its prompt, each by policies of its own.
     """
 
     model: PreTrainedModel
@@ -277,6 +278,7 @@ class Attached:
     longest: int = 0
     paused: bool = False
     trial: Trial | None = None
+    branches: Sequence[tuple[Policies, Sequence[RaggedLayer]]] = ()
 
     @cached_property
     def blocks(self) -> dict[torch.nn.Module, int]:
@@ -379,7 +381,7 @@ class Attached:
         first, rows, at = not cache.filled, None, layers.index(cache)
         call = view(key, value, mask if first else Mask.full(key.shape[2], key.shape[2]))
         if first:
-            rows = self.run(call, policies)
+            rows = self.run(call, (policies, *(theirs for theirs, _ in self.branches)))
             out = rows.out
         else:
             cache.settle(mask.valid)
@@ -393,11 +395,14 @@ class Attached:
                 mass = store.bias(mask)
                 tilt = None if mass is None else Tilt(bias=mass.repeat_interleave(call.grouped, 1))
                 out = self.run(view(k, v, holes, tilt=tilt)).out
+        for theirs, caches in self.branches:
+            caches[at].update(key, value)
+            compress(theirs, caches, at, call, mask, rows)
         compress(policies, layers, at, call, mask, rows)
         self.holding[at] = cache.bytes_held()
         return out
 
-    def run(self, view: View, policies: Policies | None = None) -> Rows:
+    def run(self, view: View, policies: Sequence[Policies] = ()) -> Rows:
         """One pass of the row engine for the whole stack; its head outputs are edited."""
         everyone = self.stack()
         if self.trail is not None and not view.layer.cross:
@@ -407,7 +412,7 @@ class Attached:
             (a, n, m) for a, n, m in mechanisms if isinstance(m, Metric) and all(can(r, view) for r in m.needs())
         ]
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
-        asked = () if policies is None else policies.needs()
+        asked = [need for one in policies for need in one.needs()]
         rows = attend_rows(
             view,
             [*(r for _, _, m in metrics for r in m.needs()), *asked],

@@ -9,7 +9,7 @@ keys, so a head that keeps 68 tokens reads 68 keys, however many its neighbour k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +71,15 @@ def numbers(rows: Tensor | Packed) -> Tensor:
 def tensors_in(rows: Tensor | Packed) -> list[Tensor]:
     """The tensors that rows are stored in."""
     return [x for x in vars(rows).values() if isinstance(x, Tensor)] if isinstance(rows, Packed) else [rows]
+
+
+def stacked(parts: Sequence[Packed]) -> Packed:
+    """Rows in the same form, one part behind the other."""
+    whole, done = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1]), 0
+    for part in parts:
+        whole[done : done + len(part)] = part
+        done += len(part)
+    return whole
 
 
 @dataclass(eq=False)
@@ -166,6 +175,25 @@ class Ragged:
         at = keep.nonzero(as_tuple=True)
         mass = None if mass is None else mass[at]
         return cls.packed(k[at], v[at], at[2] + first, score[at], keep.sum(-1), spare, mass, store)
+
+    @classmethod
+    def joined(cls, stores: Sequence[Ragged]) -> Ragged:
+        """The batch rows of several, one behind the other; they must be stored in the same form."""
+        slots, masses = [], []
+        for one in stores:
+            at = one.held.nonzero(as_tuple=True)
+            slots.append(one.start[at[0], at[1]] + at[2])
+            masses.append(torch.ones_like(one.score) if one.mass is None else one.mass)
+
+        def each(name: str) -> Any:
+            rows = [getattr(one, name)[slot] for one, slot in zip(stores, slots, strict=True)]
+            return stacked(rows) if isinstance(rows[0], Packed) else torch.cat(rows)
+
+        mass = None
+        if any(one.mass is not None for one in stores):
+            mass = torch.cat([m[slot] for m, slot in zip(masses, slots, strict=True)])
+        length = torch.cat([one.length for one in stores])
+        return cls.packed(each("keys"), each("values"), each("position"), each("score"), length, mass=mass)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

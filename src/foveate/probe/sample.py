@@ -11,6 +11,7 @@ from foveate.core.errors import BadInput, BadParameter
 from foveate.probe.text import default_text
 
 __all__ = [
+    "Context",
     "Needle",
     "Sample",
     "Task",
@@ -21,6 +22,7 @@ __all__ = [
     "draw_number",
     "filler",
     "filler_text",
+    "fitted",
 ]
 
 SLACK = 16
@@ -34,11 +36,12 @@ class Sample:
 
     Args:
         ids: The prompt's tokens, up to where the answer is to follow.
-        answer: What the model should say.
-        answer_ids: The answer's tokens as they stand in the prompt.
-        needle: Where the answer first stands in the prompt: its first token, and one past its last.
+        answer: What the model should say, in full.
+        answer_ids: The answer's tokens, as they stand in the prompt if it stands there whole.
+        needle: Where the first of `asked` first stands in the context: its first token, and one past its last.
         question_start: First position of the question, which follows the context.
         depth: Where in the context the needle stands: 0 at the start, 1 at the end.
+        parts: The pieces that a right answer names; () for the answer as one piece.
     """
 
     ids: tuple[int, ...]
@@ -47,6 +50,12 @@ class Sample:
     needle: tuple[int, int]
     question_start: int
     depth: float
+    parts: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The pieces that a right answer names, at least one."""
+        return self.parts or (self.answer,)
 
 
 @runtime_checkable
@@ -88,42 +97,111 @@ class Needle:
     depth: float
 
 
-def build(tokenizer: Any, wording: Wording, needles: Sequence[Needle], asked: int, text: str, length: int) -> Sample:
+@dataclass(frozen=True)
+class Context:
+    """What stands between the instruction and the question.
+
+    Args:
+        text: The whole of it.
+        piece: The first piece that is asked for.
+        at: The character at which it stands.
+        depth: Where that is: 0 at the start, 1 at the end.
+    """
+
+    text: str
+    piece: str
+    at: int
+    depth: float
+
+
+def build(
+    tokenizer: Any,
+    wording: Wording,
+    needles: Sequence[Needle],
+    asked: int,
+    text: str,
+    length: int,
+    *,
+    answer: str = "",
+    parts: tuple[str, ...] = (),
+) -> Sample:
     """Hides the needles in so much of `text` that the prompt has `length` tokens, or up to 16 fewer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        wording: What stands around the context.
+        needles: What to hide.
+        asked: Which needle is asked for, or is the first asked for.
+        text: What to hide them in.
+        length: Tokens of the whole prompt.
+        answer: What the model should say, where that is more than the asked needle's answer.
+        parts: The pieces that a right answer names, where they are several.
+
+    Raises:
+        BadInput: `length` cannot hold the task, or the answer cannot be found again in the tokens.
+    """
+
+    def context(size: int) -> Context:
+        return hidden(needles, asked, filler(text, size))
+
+    return fitted(tokenizer, wording, context, length, answer=answer, parts=parts)
+
+
+def fitted(
+    tokenizer: Any,
+    wording: Wording,
+    context: Callable[[int], Context],
+    length: int,
+    *,
+    rate: float = 4.0,
+    answer: str = "",
+    parts: tuple[str, ...] = (),
+) -> Sample:
+    """A prompt of `length` tokens, or up to 16 fewer, with a context that can be of any size.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        wording: What stands around the context.
+        context: Makes the context of a size, which is in any unit: one more takes at most 16 tokens more.
+        length: Tokens of the whole prompt.
+        rate: Units of size that a token takes, as a first guess.
+        answer: What the model should say, where that is more than the context's `piece`.
+        parts: The pieces that a right answer names, where they are several.
 
     Raises:
         BadInput: `length` cannot hold the task, or the answer cannot be found again in the tokens.
     """
 
     def prompt(size: int) -> Prompt:
-        return Prompt(tokenizer, wording, needles, asked, filler(text, size))
+        return Prompt(tokenizer, wording, context(size))
 
-    whole = fit(prompt, length)
-    start, stop = whole.tokens_of(whole.answer_at, len(needles[asked].answer))
-    answer_ids = whole.ids[start:stop]
-    if squeezed(needles[asked].answer) not in squeezed(tokenizer.decode(list(answer_ids))):
+    whole = fit(prompt, length, rate)
+    piece = whole.context.piece
+    start, stop = whole.tokens_of(whole.answer_at, len(piece))
+    found = whole.ids[start:stop]
+    if squeezed(piece) not in squeezed(tokenizer.decode(list(found))):
         raise BadInput(
-            f"the needle {needles[asked].answer!r} cannot be found again in the tokens of "
-            f"{type(tokenizer).__name__}, which read {tokenizer.decode(list(answer_ids))!r} at its place; "
+            f"the needle {piece!r} cannot be found again in the tokens of "
+            f"{type(tokenizer).__name__}, which read {tokenizer.decode(list(found))!r} at its place; "
             "the tokenizer cannot write it, choose another one."
         )
     question, _ = whole.tokens_of(whole.question_at, 1)
-    return Sample(whole.ids, needles[asked].answer, answer_ids, (start, stop), question, needles[asked].depth)
+    said = tuple(tokenizer(answer, add_special_tokens=False)["input_ids"]) if answer else found
+    return Sample(whole.ids, answer or piece, said, (start, stop), question, whole.context.depth, parts)
 
 
 class Prompt:
     """The text of one prompt, its tokens, and the way from one to the other."""
 
-    def __init__(self, tokenizer: Any, wording: Wording, needles: Sequence[Needle], asked: int, filling: str):
-        context, sentence_at = hidden(needles, asked, filling)
+    def __init__(self, tokenizer: Any, wording: Wording, context: Context):
         head = wording.instruction + "\n\n"
-        content = f"{head}{context}\n\n{wording.question}"
+        content = f"{head}{context.text}\n\n{wording.question}"
         text, special = rendered(tokenizer, content, wording.reply)
         start = text.find(content)
         if start < 0:
             raise BadInput(f"the chat template of {type(tokenizer).__name__} changes what the user says; clear it.")
-        needle = needles[asked]
-        self.answer_at = start + len(head) + sentence_at + needle.sentence.index(needle.answer)
+        self.context = context
+        self.answer_at = start + len(head) + context.at
         self.question_at = start + len(content) - len(wording.question)
         encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         self.ids = tuple(encoded["input_ids"])
@@ -135,16 +213,16 @@ class Prompt:
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def fit(prompt: Callable[[int], Prompt], length: int) -> Prompt:
-    """The prompt with as much filler as `length` tokens hold."""
+def fit(prompt: Callable[[int], Prompt], length: int, rate: float) -> Prompt:
+    """The prompt with as much filler as `length` tokens hold; `rate` guesses how much a token takes."""
     low, best = 0, prompt(0)
     if len(best.ids) > length:
         raise BadInput(
             f"length={length} is too short: the task without any filler takes {len(best.ids)} tokens; "
             f"give at least {len(best.ids) + SLACK}."
         )
-    # Four characters a token is a first guess; each try corrects it by what is still missing, at the rate just seen.
-    high, size, bare = None, 4 * (length - len(best.ids)), len(best.ids)
+    # Each try corrects the guess by what is still missing, at the rate just seen.
+    high, size, bare = None, int(rate * (length - len(best.ids))), len(best.ids)
     while length - len(best.ids) > SLACK and size > low:
         tried = prompt(size)
         off = length - len(tried.ids)
@@ -152,7 +230,8 @@ def fit(prompt: Callable[[int], Prompt], length: int) -> Prompt:
             low, best = size, tried
         else:
             high = size
-        size += (off - SLACK // 2) * size // max(len(tried.ids) - bare, 1)
+        # A step of 0 would end the search with room left, where one more unit takes many tokens.
+        size += (off - SLACK // 2) * size // max(len(tried.ids) - bare, 1) or 1
         if high is not None and not low < size < high:
             size = (low + high) // 2
     return best
@@ -172,18 +251,20 @@ def filler(text: str, size: int) -> str:
     return (text * (size // len(text) + 1))[:size]
 
 
-def hidden(needles: Sequence[Needle], asked: int, filling: str) -> tuple[str, int]:
-    """The filler with the needles between its sentences, and where the asked one starts."""
+def hidden(needles: Sequence[Needle], asked: int, filling: str) -> Context:
+    """The filler with the needles between its sentences."""
     # Nothing is stripped: each character more of filler must make the prompt longer, or `fit` would not end near.
     pieces, done, at = [], 0, 0
     for number in sorted(range(len(needles)), key=lambda n: needles[n].depth):
-        cut = sentence_end(filling, int(needles[number].depth * len(filling)), done)
+        needle = needles[number]
+        cut = sentence_end(filling, int(needle.depth * len(filling)), done)
         pieces.append(filling[done:cut])
         if number == asked:
-            at = len("\n\n".join([*pieces, ""]))
-        pieces.append(needles[number].sentence)
+            at = len("\n\n".join([*pieces, ""])) + needle.sentence.index(needle.answer)
+        pieces.append(needle.sentence)
         done = cut
-    return "\n\n".join([*pieces, filling[done:]]), at
+    text = "\n\n".join([*pieces, filling[done:]])
+    return Context(text, needles[asked].answer, at, needles[asked].depth)
 
 
 def sentence_end(text: str, at: int, after: int) -> int:

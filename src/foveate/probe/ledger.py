@@ -1,0 +1,65 @@
+"""Results of long runs, kept as they come, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from foveate.core.errors import BadInput
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Results by key, each a line of JSON at the end of a file; without a file they last as long as the object.
+
+    Args:
+        file: The file; None: none.
+
+    Raises:
+        BadInput: the file is something else.
+    """
+
+    def __init__(self, file: str | Path | None = None) -> None:
+        self.file = None if file is None else Path(file)
+        self.found: dict[str, Any] = {}
+        if self.file is None or not self.file.exists():
+            return
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"{self.file} cannot be read as results of an earlier run ({e}); name another file") from None
+        for n, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                self.found[entry["key"]] = entry["result"]
+            except (ValueError, KeyError, TypeError):
+                # the line that was being written when the run was interrupted
+                if n == len(lines) - 1 and not line.endswith("\n"):
+                    self.file.write_text("".join(lines[:-1]), encoding="utf-8")
+                    break
+                raise BadInput(
+                    f"{self.file}, line {n + 1}, is no result of an earlier run; name another file, or delete this one"
+                ) from None
+
+    @staticmethod
+    def key(*parts: Any) -> str:
+        """A key for what a result depends on, told by its repr."""
+        return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:24]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def __getitem__(self, key: str) -> Any:
+        return self.found[key]
+
+    def add(self, key: str, result: Any) -> None:
+        """Keeps a result; on disk before this returns."""
+        self.found[key] = result
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n")
