@@ -1,4 +1,4 @@
-"""Quality against bytes: every KV policy and plan, random eviction and the full cache, on the same prompts; kvpress too.
+"""Quality against bytes: every KV policy and plan, random eviction and the full cache on the same prompts; kvpress too.
 
     python bench/frontier.py [--tokens 2048 4096] [--keep 0.5 0.25 0.1] [--probes NAME ...] [--count 50]
         [--protocol unseen seen] [--only NAME ...]
@@ -232,7 +232,8 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
 
         def asked(question: dict) -> dict:
-            assert worker.stdin and worker.stdout
+            assert worker.stdin
+            assert worker.stdout
             worker.stdin.write(json.dumps(question) + "\n")
             worker.stdin.flush()
             answer = worker.stdout.readline()
@@ -283,9 +284,7 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
                             )
                             low, high = wilson(right, len(entries))
                             numbers = {"value": right / len(entries), "low": low, "high": high, "count": len(entries)}
-                        save(
-                            f"unseen {tokens} {name}", {f"kvpress {press} @ {share:g}": numbers | {"share": held}}
-                        )
+                        save(f"unseen {tokens} {name}", {f"kvpress {press} @ {share:g}": numbers | {"share": held}})
                         print(f": {numbers['value']:.3f}")
         assert worker.stdin
         worker.stdin.close()

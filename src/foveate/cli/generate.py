@@ -27,7 +27,8 @@ def command(
         ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan for this model, as `foveate steer` writes it. Default: none.")
+        Path | None,
+        typer.Option(help="A plan for this model, as `foveate steer` and `foveate compress` write it. Default: none."),
     ] = None,
     keep: Annotated[str, typer.Option(help="A share (0.25), tokens per head (512) or bytes (200MB).")] = "0.25",
     text: Annotated[
@@ -51,6 +52,7 @@ def command(
     for one in policy:
         named(one)
     with screen.status(f"opening {model} …"):
+        from foveate.core.mechanism import Policy
         from foveate.core.plan import Plan
         from foveate.core.policy import Policies
         from foveate.core.registry import make
@@ -67,11 +69,13 @@ def command(
             planned.check(network)
     ids, planned = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
     kept = f"{' and '.join(policy)}, keeping {keep}" if policy else "the whole cache (--policy for less)"
+    if planned is not None and any(isinstance(m, Policy) for m in planned.mechanisms):
+        kept = f"{' and '.join(policy)} beside what the plan keeps" if policy else "the cache that the plan keeps"
     steered = "" if planned is None else f", under {', '.join(type(m).__name__ for m in planned.mechanisms)}"
     screen.print(f"{model}: a prompt of {ids.shape[1]:,} tokens, {kept}{steered}\n")
     out = None if as_json else sys.stdout
-    with nullcontext() if planned is None else planned.attach(network):
-        figures = generate(network, tokenizer, ids, chosen, tokens, out)
+    with nullcontext() if planned is None else planned.attach(network) as whole:
+        figures = generate(network, tokenizer, ids, chosen, tokens, out, whole)
     if as_json:
         json.dump(figures, sys.stdout, indent=2)
         print()
@@ -142,8 +146,10 @@ def prompt_ids(
     return torch.tensor([ids], device=model.device), plan
 
 
-def generate(model: Any, tokenizer: Any, ids: Any, policies: Any, tokens: int, out: Any) -> dict[str, Any]:
-    """The continuation, streamed to `out`, and its figures."""
+def generate(
+    model: Any, tokenizer: Any, ids: Any, policies: Any, tokens: int, out: Any, planned: Any = None
+) -> dict[str, Any]:
+    """The continuation, streamed to `out`, and its figures; `planned` is what a plan has attached already."""
     import time
 
     import torch
@@ -190,6 +196,6 @@ def generate(model: Any, tokenizer: Any, ids: Any, policies: Any, tokens: int, o
         "answer": tokenizer.decode(said, skip_special_tokens=True),
         "seconds_to_first_token": round(streamer.first - begun, 3),
         "tokens_per_second": round((len(said) - 1) / max(ended - streamer.first, 1e-9), 2),
-        "bytes_held": attached.bytes_held() if policies else full,
+        "bytes_held": next((a.bytes_held() for a in (planned, attached) if a is not None and a.holding), full),
         "bytes_full": full,
     }

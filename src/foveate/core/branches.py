@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
-from foveate.core.budget import Amount
 from foveate.core.cache import RaggedLayer, adopt, ragged_layers
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Mechanism, Policy
@@ -31,8 +30,6 @@ __all__ = ["Branched", "Whole", "branch", "bytes_held", "joined", "model_bytes"]
 @dataclass(frozen=True)
 class Whole(Policy):
     """Does none of what policies do: everything that comes by is kept as it is."""
-
-    budget: ClassVar[Amount] = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +79,7 @@ def branch(
     for n, layer in enumerate(ragged_layers(full)):
         for cache in caches:
             if ragged_layers(cache)[n].seen != layer.seen:
-                raise NotSupported(f"{type(model).__name__}: layer {n} filled its cache in several calls for one prompt")
+                raise NotSupported(f"{type(model).__name__}: layer {n} fills its cache in several calls per prompt")
     return Branched(out.logits[:, -1], full, caches)
 
 

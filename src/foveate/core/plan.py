@@ -108,11 +108,13 @@ class Plan:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise BadInput(f"no such plan: {path}; `foveate steer` writes one") from None
+            raise BadInput(f"no such plan: {path}; `foveate steer` and `foveate compress` write one") from None
         except IsADirectoryError:
             raise BadInput(f"{path} is a folder; give the plan.json in it") from None
         except ValueError as e:
-            raise BadInput(f"{path} is no JSON ({e}); give a plan that `foveate steer` or Plan.save wrote") from None
+            raise BadInput(
+                f"{path} is no JSON ({e}); give a plan that `foveate steer`, `foveate compress` or Plan.save wrote"
+            ) from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             said = found.get("format") if isinstance(found, dict) else None
             raise BadInput(f"{path} is no {FORMAT!r} (its format is {said!r}); write it again with this version")
@@ -132,7 +134,7 @@ class Plan:
         if other:
             raise BadInput(
                 f"this plan is for {self.model.get('name') or 'another model'} ({'; '.join(other[:3])}); "
-                "find one for this model with `foveate steer`"
+                "find one for this model with `foveate steer` or `foveate compress`"
             )
 
     def prompt(self, text: str) -> str:

@@ -1,0 +1,1 @@
+"""Finding the smallest cache that keeps a model right on a text, and proving it."""

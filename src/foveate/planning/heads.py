@@ -42,7 +42,7 @@ def answer_mass(
     fits(model, samples)
     config = model.config.get_text_config(decoder=True)
     shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    total: dict[tuple[int, int], float] = {}
+    total: dict[tuple[int, int, int], float] = {}
     for n, sample in enumerate(samples):
         ids = torch.tensor([[*sample.ids, *sample.answer_ids[:-1]]], device=model.device)
         spans = (("answer", len(sample.ids) - 1, ids.shape[1]), ("needle", *sample.needle))

@@ -1,20 +1,174 @@
-"""Sets of policies that hold a given share of a cache."""
+"""Sets of policies that hold a given share of a cache.
+
+A policy that scores entries is proposed in two ways: the same number for every head, and *sparing* the heads that find
+answers, which keep everything while the policy chooses a few tokens for the others. A policy that stores entries in
+fewer bits is proposed alone and beside these.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from foveate.core.budget import Budget
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
 from foveate.core.places import Value
+from foveate.core.registry import find, make
 
-__all__ = ["OVERHEAD", "sparing", "spared_heads"]
+__all__ = ["OVERHEAD", "USUAL", "Family", "families", "named", "spared_heads", "sparing", "with_fit"]
 
 # positions, scores and spare slots that come with each entry that is held
 OVERHEAD = 1.05
+USUAL = ("expected_attention", "key_diversity", "streaming", "quantised")
+"""What is proposed when a user names nothing."""
+ELSEWHERE = (0.2, 0.5)
+"""Share of the budget that the heads which are not spared get."""
+
+Fit = Callable[[str, float], Policy]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sets of policies of one kind, one for every share of the cache.
+
+    Args:
+        name: What a reader calls it.
+        at: The policies at a share of the model's own cache; raises `BadInput` where there are none.
+    """
+
+    name: str
+    at: Callable[[float], tuple[Policy, ...]]
+
+
+def named(specs: Sequence[str]) -> list[Policy]:
+    """The policies that a user names, with parameters as `observation_window:window=16`.
+
+    Raises:
+        BadInput: a policy that only acts beside another one; several that store entries.
+        UnknownName: no such policy.
+    """
+    made = []
+    for spec in specs:
+        cls = find(spec.partition(":")[0], "compress")
+        if not issubclass(cls, Policy):
+            raise BadInput(f"{spec} is no KV policy; `foveate list --kind Policy` shows those")
+        policy = make(spec, "compress")
+        assert isinstance(policy, Policy)
+        if policy.parts == {"merge"}:
+            raise BadInput(
+                f"{spec} only says what dropped entries leave behind; name a policy that drops some as well, and put "
+                "both in a plan with foveate.Plan.of"
+            )
+        made.append(policy)
+    if sum("store" in policy.parts for policy in made) > 1:
+        raise BadInput("several policies say how entries are stored; name one of them, with its parameters")
+    return made
+
+
+def with_fit(policy: Policy) -> bool:
+    """Whether its parameters are found on a model, and were not given."""
+    cls = type(policy)
+    return hasattr(cls, "fit") and policy == cls()
+
+
+def families(
+    policies: Sequence[Policy],
+    gates: Sequence[Value],
+    tokens: int,
+    head_bytes: Callable[[Policy | None], int],
+    fit: Fit,
+) -> list[Family]:
+    """What can be proposed with some policies.
+
+    Args:
+        policies: What `named` gives.
+        gates: (layer, KV head, gate) of every KV head: how much each finds answers.
+        tokens: Length that is planned for.
+        head_bytes: Bytes of one entry of one head under a policy that stores; None: as the model makes it.
+        fit: Finds the parameters of a policy by name, for a share.
+    """
+    stores = [policy for policy in policies if "store" in policy.parts]
+    found: list[Family] = []
+
+    def add(name: str, at: Callable[[float], tuple[Policy, ...]]) -> None:
+        found.append(Family(name, at))
+        for store in stores:
+            part = head_bytes(store) / head_bytes(None)
+
+            def packed(share: float, part: float = part, store: Policy = store) -> tuple[Policy, ...]:
+                if share >= part * OVERHEAD:
+                    raise BadInput(f"{share:.0%} is more than all of it takes when it is stored so")
+                return (*at(share / part), store)
+
+            found.append(Family(f"{name}, {store.name}", packed))
+
+    for policy in policies:
+        if policy in stores:
+            part = head_bytes(policy) / head_bytes(None) * OVERHEAD
+            found.append(Family(policy.name, only(policy, part)))
+        elif with_fit(policy):
+            add(policy.name, single(partial(fit, policy.name)))
+        elif "read" in policy.parts:
+            found.append(Family(f"{policy.name} (reads)", single(policy.within)))
+        else:
+            add(policy.name, single(partial(even, policy)))
+            for part in ELSEWHERE:
+                name = f"{policy.name} sparing heads, {part:.0%} elsewhere"
+                add(name, single(partial(spare, policy, gates, tokens, part)))
+    return found
+
+
+def single(made: Callable[[float], Policy]) -> Callable[[float], tuple[Policy, ...]]:
+    """One policy as a set of them."""
+    return lambda share: (made(share),)
+
+
+def even(policy: Policy, share: float) -> Policy:
+    """The same share for every head."""
+    return policy.within(dataclasses.replace(policy.limits, keep=min(1.0, share / OVERHEAD)))
+
+
+def spare(policy: Policy, gates: Sequence[Value], tokens: int, part: float, share: float) -> Policy:
+    """Everything for some heads, and a part of the budget for the others."""
+    limits = policy.limits
+    rest = max(limits.sinks + limits.waiting + 64, round(part * share * tokens))
+    return sparing(policy, gates, share, tokens, rest, sinks=limits.sinks, every=limits.every)
+
+
+def only(store: Policy, least: float) -> Callable[[float], tuple[Policy, ...]]:
+    """A policy that stores, alone: it takes what it takes, which fits or does not."""
+
+    def at(share: float) -> tuple[Policy, ...]:
+        if share < least:
+            raise BadInput(f"{store.name} alone takes {least:.0%} of the cache, more than {share:.0%}")
+        return (store,)
+
+    return at
+
+
+def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share: float) -> Policy:
+    """A policy with the parameters that its own `fit` finds, made to hold a share.
+
+    Heads that keep everything are as many as fit; spans are searched under the share itself.
+    """
+    policy: Any = find(name, "compress")
+    known = inspect.signature(policy.fit).parameters
+    if "keep" in known:
+        return policy.fit(model, tokenizer, text, keep=share / OVERHEAD)
+    found = policy.fit(model, tokenizer)
+    if hasattr(found, "keeping"):
+        rest = found.limits.least
+        room = (share / OVERHEAD * tokens - rest) / max(tokens - rest, 1)
+        if room < 0:
+            raise BadInput(f"{name} keeps at least {rest} tokens of every head, more than {share:.0%} of {tokens}")
+        return found.keeping(room)
+    return found
 
 
 def spared_heads(gates: Sequence[Value], share: float, tokens: int, rest: int) -> tuple[Value, ...]:

@@ -30,7 +30,7 @@ class Ledger:
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
         except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"{self.file} cannot be read as results of an earlier run ({e}); name another file") from None
+            raise BadInput(f"{self.file} holds no results of an earlier run ({e}); name another file") from None
         for n, line in enumerate(lines):
             try:
                 entry = json.loads(line)

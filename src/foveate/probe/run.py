@@ -156,9 +156,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 @torch.no_grad()
-def greedy(
-    model: Any, ids: Sequence[int], limit: int, stop: Collection[int] = (), context: int = 0
-) -> list[int]:
+def greedy(model: Any, ids: Sequence[int], limit: int, stop: Collection[int] = (), context: int = 0) -> list[int]:
     """Decodes greedily with the model's own KV cache, at most `limit` tokens.
 
     The first `context` tokens are read in a call of their own: what is done to the cache then is done without the rest.

@@ -25,7 +25,7 @@ from foveate.core.plan import fingerprint
 from foveate.core.policy import Policies
 from foveate.probe.ledger import Ledger
 from foveate.probe.run import ProbeResult, Record, fits, graded, limit, stop_tokens
-from foveate.probe.sample import Sample, Task
+from foveate.probe.sample import Task
 
 __all__ = ["FULL", "Continued", "Settings", "Tried", "continuations", "trials"]
 
