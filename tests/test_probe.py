@@ -49,6 +49,7 @@ class Knows:
 
     device = torch.device("cpu")
     generation_config = None
+    config = LlamaConfig(max_position_embeddings=4096)
 
     def __init__(self, samples, right, vocabulary):
         self.answers = {s.ids: s.ids[slice(*s.needle)] if right else (7, 7, 7) for s in samples}

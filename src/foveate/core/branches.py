@@ -110,7 +110,7 @@ def filled(mine: RaggedLayer, theirs: Sequence[RaggedLayer]) -> None:
     stores = [one.store for one in theirs if one.store is not None]
     if not stores:
         return
-    mine.lazy_initialization(stores[0].keys, stores[0].values)
+    mine.dtype, mine.device, mine.is_initialized = theirs[0].dtype, theirs[0].device, True
     mine.store = Ragged.joined(stores)
     mine.seen, mine.real = theirs[0].seen, torch.cat([one.real for one in theirs])
 

@@ -117,7 +117,7 @@ def families(
         elif "read" in policy.parts:
             found.append(Family(f"{policy.name} (reads)", single(policy.within)))
         else:
-            add(policy.name, single(partial(even, policy)))
+            add(policy.name, single(partial(even, policy, tokens)))
             for part in ELSEWHERE:
                 name = f"{policy.name} sparing heads, {part:.0%} elsewhere"
                 add(name, single(partial(spare, policy, gates, tokens, part)))
@@ -129,8 +129,16 @@ def single(made: Callable[[float], Policy]) -> Callable[[float], tuple[Policy, .
     return lambda share: (made(share),)
 
 
-def even(policy: Policy, share: float) -> Policy:
-    """The same share for every head."""
+def even(policy: Policy, tokens: int, share: float) -> Policy:
+    """The same share for every head.
+
+    Raises:
+        BadInput: the policy always keeps more.
+    """
+    if share / OVERHEAD * tokens < policy.limits.least:
+        raise BadInput(
+            f"{policy.name} always keeps {policy.limits.least} tokens of each head, more than {share:.1%} of {tokens}"
+        )
     return policy.within(dataclasses.replace(policy.limits, keep=min(1.0, share / OVERHEAD)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,13 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
-        return asdict(replace(self, candidate=None)) | {"candidate": self.candidate.to_json()}  # type: ignore[arg-type]
+        return {
+            "candidate": self.candidate.to_json(),
+            "standing": self.standing.to_json(),
+            "full": self.full.to_json(),
+            "missed": list(self.missed),
+            "attempts": list(self.attempts),
+        }
 
 
 def search(

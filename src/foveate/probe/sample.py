@@ -19,6 +19,7 @@ __all__ = [
     "build",
     "check_depth",
     "depths",
+    "draw_name",
     "draw_number",
     "filler",
     "filler_text",
@@ -28,6 +29,9 @@ __all__ = [
 SLACK = 16
 """A prompt is at most this many tokens shorter than it should be."""
 SENTENCE_ENDS = (".\n", ". ", "\n\n", "\n", " ")
+ONSETS = ("b", "br", "d", "dr", "f", "g", "h", "j", "k", "kr", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "z")
+VOWELS = ("a", "e", "i", "o", "u")
+ENDS = ("l", "m", "n", "r", "th", "x")
 
 
 @dataclass(frozen=True)
@@ -314,3 +318,13 @@ def draw_number(draw: random.Random, digits: int, text: str) -> str:
         if number not in text:
             return number
     raise BadInput(f"the filler text holds nearly all numbers of {digits} digits; ask for more digits.")
+
+
+def draw_name(draw: random.Random, taken: list[str]) -> str:
+    """An invented name that shares no place with a text or name in `taken`, in lower case; it is added there."""
+    while True:
+        # Of two syllables, one name in some hundreds would be a word or a city.
+        name = "".join(draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(3)) + draw.choice(ENDS)
+        if not any(name in other or other in name for other in taken):
+            taken.append(name)
+            return name.capitalize()

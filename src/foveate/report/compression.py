@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import jinja2
-from bokeh.document import Document
 from bokeh.embed import json_item
 from bokeh.models import ColumnDataSource, HoverTool, Legend, NumeralTickFormatter, Span
 from bokeh.plotting import figure
@@ -44,7 +43,7 @@ def page(found: Compressed, model: str) -> str:
     )
 
 
-def frontier(found: Compressed, probe: str | None) -> Document:
+def frontier(found: Compressed, probe: str | None) -> figure:
     """Quality against bytes, a line for each kind of policy."""
     title = "perplexity, times the full cache's" if probe is None else f"{probe}: share of the answers given"
     plot = figure(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.compress.cache._kv_heads import KVHeads, names_kv_heads
+from foveate.compress.cache._spans import Search, entries
 from foveate.core.budget import Amount, Budget
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Policy
@@ -83,7 +85,7 @@ class MixtureOfSpans(Policy):
 
         >>> import foveate
         >>> from foveate.compress import MixtureOfSpans
-        >>> from foveate.testing import handmade
+        >>> from foveate.testing import handmade, tiny
         >>> text = "To be. Or not to be. Ask."
         >>> budget = foveate.Budget(64, sinks=1, recent=1, every=0)
         >>> spans = ((1, 1, 3, 0.0), (1, 3, 2, 0.5))
@@ -96,6 +98,15 @@ class MixtureOfSpans(Policy):
         '··········not to be. Ask.'
         >>> handmade.kept(cache, text, layer=1)["first"]
         'To be. Or not to be. Ask.'
+
+        `fit` finds the head that looks back 16 letters, in a text that says nothing new.
+
+        >>> again = 16 * "qwertyuiopasdfgh"
+        >>> few = {"lengths": (24,), "unseen": 48, "samples": 1, "sinks": 1, "every": 1}
+        >>> few |= {"keep": 0.3, "spans": ((0, 0.0), (20, 0.0))}
+        >>> found = MixtureOfSpans.fit(handmade.model(), tiny.tokenizer(), again, **few)
+        >>> [handmade.HEADS[at][head] for at, head, alpha, _ in found.spans if alpha]
+        ['induction']
     """
 
     budget: Amount = SPANS_ALONE
@@ -107,20 +118,69 @@ class MixtureOfSpans(Policy):
         title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
         year=2024,
         family="kv cache",
-        needs=Needs.KEYS,
+        needs=Needs.KEYS | Needs.MODEL | Needs.GRADIENTS,
         equation="S_h = alpha_h + beta_h N; keep the sinks and the last S_h tokens",
-        differs="the lines are given; the paper searches them by profiling gradients and a solver. A prompt that comes "
-        "at once attends to all of itself before entries are dropped, where the paper's rows see their span only; N "
-        "grows with the tokens that are decoded, where published code stays with the spans of the prompt; spans are "
-        "counted in tokens, not in blocks of 64. In decoding entries are dropped every few tokens, and a KV head holds "
-        "up to so many fewer than its span in between",
-        use="where it is known how far each head has to look, and how that grows with the text",
-        misleads="lines found at one length say little of texts that are much longer",
+        differs="a prompt that comes at once attends to all of itself before entries are dropped, where the paper's "
+        "rows see their span only; N grows with the tokens that are decoded, where published code stays with the "
+        "spans of the prompt; spans are counted in tokens, not in blocks of 64, with 4 sinks, not a block. In "
+        "decoding entries are dropped every few tokens, and a KV head holds up to so many fewer than its span in "
+        "between. `fit` profiles the rows behind a prompt; the loss of a span is half the square of the first-order "
+        "change that all it drops make together, with tokens drawn from the model's own predictions, which estimates "
+        "the divergence from them; published code sums the sizes of single entries' changes, for the model's own "
+        "answers. The query heads of a KV head are added up before the square; published code takes the largest. "
+        "Losses are extrapolated to one longer length by a power of N for each line. HiGHS solves for the mean of "
+        "the profiled lengths and for that length, and the real loss there decides; published code has Gurobi trace "
+        "a Pareto front over the profiled lengths, with at most two lines in a layer",
+        use="where it is known how far each head has to look, and how that grows with the text, or a few minutes are "
+        "there to search it",
+        misleads="lines found at one length, or on one kind of text, say little of others: what nothing in the text "
+        "makes a head look back for is not seen. The losses of heads are added up, and are more together",
     )
     test_params: ClassVar = (
         {},
         {"alpha": 6.0, "beta": 0.0, "spans": ((0, 1, 0.0, 1.0), (1, 0, -4.0, 0.4))},
     )
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        text: str,
+        *,
+        keep: float = 0.25,
+        lengths: tuple[int, ...] = (512, 1024),
+        at: tuple[int, ...] | None = None,
+        spans: tuple[tuple[float, float], ...] | None = None,
+        samples: int = 8,
+        unseen: int | None = None,
+        sinks: int = 4,
+        every: int = 16,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> MixtureOfSpans:
+        """Searches a line for each KV head: `Search(...).run(...)` of `_spans.py` without its evidence.
+
+        Args:
+            model: A causal language model. It comes out as it went in.
+            tokenizer: Its tokenizer.
+            text: What it reads. Heads that nothing in it makes look back are given short spans.
+            keep: Mean share of the cache over the KV heads.
+            lengths: Lengths, in tokens, of the texts that are profiled.
+            at: Lengths that the budget must hold at; None: all of `lengths`, and `unseen`.
+            spans: (alpha, beta) to choose from; None: a grid of about a hundred.
+            samples: Texts of each length.
+            unseen: Length, not among `lengths`, at which the solver's answers are tried; None: twice the longest.
+            sinks: First tokens that every head keeps.
+            every: In decoding, entries are dropped after so many new tokens.
+            seed: The same seed gives the same lines.
+            progress: Called with the texts done and all texts.
+
+        Raises:
+            BadInput: a number that cannot be, a text that is too short, or a budget that no lines meet.
+        """
+        search = Search(keep, lengths, at, spans, samples, unseen, sinks, every, seed)
+        return cls(search.budget, search.run(model, tokenizer, text, progress).lines)
 
     @cached_property
     def limits(self) -> Budget:
@@ -138,10 +198,7 @@ class MixtureOfSpans(Policy):
             return most
         own = {head: (alpha, beta) for at, head, alpha, beta in self.spans if at == layer}
         lines = [own.get(head, (self.alpha, self.beta)) for head in range(kv_heads)]
-        alpha, beta = seen.new_tensor(lines, dtype=torch.float64).unbind(1)
-        span = (alpha + beta * seen[:, None].double() + 1e-9).floor().to(seen.dtype)
-        least = seen.clamp_max(self.limits.least)[:, None]
-        return torch.minimum(most, torch.maximum(span + self.limits.sinks, least))
+        return torch.minimum(most, entries(seen.new_tensor(lines, dtype=torch.float64), seen, self.limits))
 
     def score(self, held: Held) -> Float[Tensor, "batch kv_heads key"]:
         return held.position.to(held.before.dtype)
