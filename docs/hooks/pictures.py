@@ -30,6 +30,7 @@ from foveate.core.mechanism import (
     Pattern,
     Policy,
     PromptEdit,
+    Pruner,
     ResidualEdit,
 )
 from foveate.core.params import bounds_of
@@ -381,6 +382,32 @@ def draw_stored(policy: Policy) -> tuple[str, str]:
         return svg(figure), f"Sizes of the keys of one head under <code>{spelled(policy)}</code>."
 
 
+@torch.no_grad()
+def draw_pruner(pruner: Pruner) -> tuple[str, str]:
+    """How likely the hand-made model finds what comes next, whole and without the parts."""
+    model, said = handmade.model(), "abcabcabcabc"
+    ids = handmade.ids(said)
+    likely = [model(ids).logits]
+    with attach(model, pruner):
+        likely.append(model(ids).logits)
+        left = sum(p.numel() for p in model.parameters())
+    share = 1 - left / sum(p.numel() for p in model.parameters())
+    with drawing(7.4, 1.9) as figure:
+        ax = figure.subplots()
+        at = np.arange(len(said))
+        for shift, colour, word, logits in zip((-0.2, 0.2), (BLUE, ORANGE), ("whole", "pruned"), likely, strict=True):
+            right = logits[0, :-1].softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            ax.bar(at + shift, right.numpy(), 0.36, color=colour, label=word)
+        ax.set_xticks(at, list(said))
+        ax.set_ylim(0, 1.35)
+        ax.set_ylabel("probability of each letter")
+        ax.legend(ncols=2, loc="upper left")
+        return svg(figure), (
+            f"The hand-made model reads a text, whole and under <code>{spelled(pruner)}</code>, which takes out "
+            f"{share:.0%} of its weights."
+        )
+
+
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Metric: draw_metric,
     ModelMetric: draw_model_metric,
@@ -391,6 +418,7 @@ DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     ExpertEdit: draw_expert_edit,
     PromptEdit: draw_prompt_edit,
     Policy: draw_policy,
+    Pruner: draw_pruner,
 }
 
 

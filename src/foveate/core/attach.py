@@ -32,15 +32,18 @@ from foveate.core.mechanism import (
     Mechanism,
     Metric,
     ModelMetric,
+    Parts,
     Pattern,
     Policy,
     PromptEdit,
+    Pruner,
     ResidualEdit,
     Tilt,
 )
 from foveate.core.places import check_places, spans_of
 from foveate.core.policy import Policies, chosen, compress
 from foveate.core.reductions import Match, Reduction
+from foveate.core.removing import Gone, Removal, among_left, gone_ones, make_room, removed
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
 from foveate.core.rows import attend as attend_rows
@@ -49,7 +52,7 @@ __all__ = ["Attached", "attach", "attention_layers"]
 
 ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, Attached] = weakref.WeakKeyDictionary()
 COUNTER = itertools.count()
-ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy)
+ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy, Pruner)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 
 
@@ -62,16 +65,17 @@ def attach(
     Metrics observe, edits and patterns act, and a KV policy says which keys stay in the cache; an `attach` inside
     another one adds to its stack. Whatever the order in which they are given, tilts act before edits of scores, these
     before edits of weights, then head edits and at last edits of the residual stream; among their like, in the order
-    in which they are given. On leaving, the model computes bit for bit what it did before. A cache that a policy
-    compressed can be used again only while something is attached.
+    in which they are given. A pruner's parts are out before anything else looks at the model. On leaving, the model
+    computes bit for bit what it did before. A cache that a policy compressed can be used again only while something is
+    attached.
 
     On entering, what acts is tried on a small input: each mechanism must move the output, and by what the dense
     reference says.
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
-        mechanisms: Metrics, edits of any kind but those of prompts, at most one pattern, and KV policies that do not do
-            the same.
+        mechanisms: Metrics, edits of any kind but those of prompts, at most one pattern, at most one pruner, and KV
+            policies that do not do the same.
         engine: Which way of the row engine to use.
         trial: The small input, as arguments of the model; True makes one, False leaves the trial out.
 
@@ -92,13 +96,27 @@ def attach(
                 hint = f"; run it with {type(m).__name__}(...).measure(model, tokenizer)"
             elif isinstance(m, PromptEdit):
                 hint = "; it changes a text, before there are tokens: call its .edit(text)"
-            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern or a Policy{hint}")
+            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern, a Policy or a Pruner{hint}")
     outer = ACTIVE.get(model)
     with ExitStack() as stack:
         layers = attention_layers(model) if outer is None else outer.layers
-        names_its_places(model, layers, mechanisms)
-        has_its_parts(model, layers, mechanisms)
+        names_its_places(model, layers, mechanisms, None if outer is None else outer.removal)
         agree([*(outer.stacked() if outer else ()), *mechanisms])
+        removal = None
+        for pruner in (m for m in mechanisms if isinstance(m, Pruner) and m.parts() != Parts()):
+            if outer is not None:
+                raise BadInput(
+                    f"{type(pruner).__name__} inside of another `attach`, whose mechanisms have counted the parts "
+                    "already: give it to the outermost one"
+                )
+            numbers = {module: layer.index for module, layer in layers.items()}
+            inputs = trial if isinstance(trial, dict) else None
+            removal = stack.enter_context(removed(model, numbers, pruner.parts(), inputs))
+            # nothing may hold what was taken out
+            del numbers
+            layers = attention_layers(model)
+            names_its_places(model, layers, [m for m in mechanisms if m is not pruner], removal)
+        has_its_parts(model, layers, mechanisms)
         if trial is not False:
             with ExitStack() as pause:
                 if outer is not None:
@@ -106,7 +124,7 @@ def attach(
                     pause.callback(setattr, outer, "paused", False)
                 proved(model, mechanisms, None if trial is True else trial, partial(tried, model, engine))
         if outer is None:
-            attached = Attached(model, engine=engine, layers=layers)
+            attached = Attached(model, engine=engine, layers=layers, removal=removal)
             stack.enter_context(bound(attached))
         else:
             attached = Attached(model, engine=outer.engine, layers=outer.layers, parent=outer)
@@ -118,11 +136,25 @@ def attach(
 
 
 def names_its_places(
-    model: PreTrainedModel, layers: dict[torch.nn.Module, Layer], mechanisms: tuple[Mechanism, ...]
+    model: PreTrainedModel,
+    layers: dict[torch.nn.Module, Layer],
+    mechanisms: Sequence[Mechanism],
+    removal: Removal | None = None,
 ) -> None:
-    """Raises `BadInput` where a mechanism names a layer or a head that the model has not."""
+    """Raises `BadInput` where a mechanism names a layer or a head that the model has not, or has no more."""
     heads = [getattr(getattr(m, "config", None), "num_attention_heads", None) for m in layers]
     counts = [n if isinstance(n, int) else None for n in heads]
+    for layer, left in removal.heads.items() if removal else ():
+        counts[layer] = left
+    gone = gone_from(layers)
+    for m in mechanisms if gone else ():
+        if isinstance(m, Policy):
+            among_left(m, gone)
+        elif named := gone_ones(m, gone):
+            raise BadInput(
+                f"{type(m).__name__} names layers {', '.join(map(str, named))} of {type(model).__name__}, whose "
+                "attention has been taken out; leave them out"
+            )
     for m in mechanisms:
         check_places(m, len(layers), counts, type(model).__name__)
 
@@ -148,9 +180,9 @@ def has_its_parts(
 def agree(mechanisms: list[Mechanism]) -> None:
     """Raises `BadInput` where two mechanisms contradict each other."""
     Policies.of([m for m in mechanisms if isinstance(m, Policy)])
-    patterns = [m for m in mechanisms if isinstance(m, Pattern)]
-    if len(patterns) > 1:
-        raise BadInput(f"one pattern at a time; {len(patterns)} are attached: {patterns}")
+    for kind in (Pattern, Pruner):
+        if len(same := [m for m in mechanisms if isinstance(m, kind)]) > 1:
+            raise BadInput(f"one {kind.__name__.lower()} at a time; {len(same)} are attached: {same}")
     seen: dict[tuple, Mechanism] = {}
     for m in mechanisms:
         for place in sorted(m.sets(), key=str):
@@ -197,11 +229,13 @@ def tried(model: PreTrainedModel, engine: Engine, mechanisms: tuple[Mechanism, .
 def attention_layers(model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
     """The attention modules of a model, in order, found by what their code calls.
 
+    What stands for one that was taken out is counted, so that the others keep their numbers.
+
     Raises:
         NotOnInterface: there are none.
     """
-    found = [(name, m) for name, m in model.named_modules() if on_interface(m)]
-    if not found:
+    found = [(name, m) for name, m in model.named_modules() if on_interface(m) or is_gone(m)]
+    if all(is_gone(m) for _, m in found):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise NotOnInterface(
             f"{type(model).__name__} ({kind}) computes attention in code of its own, not through transformers' "
@@ -209,6 +243,16 @@ def attention_layers(model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
             "(llama, mistral, qwen, gemma, phi3, granite, olmo, gpt2, opt, bert, vit, clip, whisper, t5, bart, …)"
         )
     return {m: Layer(n, name) for n, (name, m) in enumerate(found)}
+
+
+def is_gone(module: torch.nn.Module) -> bool:
+    """Whether this module stands for an attention that was taken out."""
+    return isinstance(module, Gone) and module.kind == "attention"
+
+
+def gone_from(layers: dict[torch.nn.Module, Layer]) -> tuple[int, ...]:
+    """Numbers of the layers whose attention was taken out."""
+    return tuple(layer.index for module, layer in layers.items() if is_gone(module))
 
 
 def on_interface(module: torch.nn.Module) -> bool:
@@ -258,6 +302,7 @@ class Attached:
         paused: Whether another attachment is being tried on the model.
         trial: What looks at each call while this one is being tried.
         branches: Caches besides the call's own that are filled from its prompt, each by policies of its own.
+        removal: What was taken out of the model.
     """
 
     model: PreTrainedModel
@@ -279,16 +324,22 @@ class Attached:
     paused: bool = False
     trial: Trial | None = None
     branches: Sequence[tuple[Policies, Sequence[RaggedLayer]]] = ()
+    removal: Removal | None = None
 
     @cached_property
     def blocks(self) -> dict[torch.nn.Module, int]:
-        """The modules that add one layer each to the residual stream."""
-        return blocks(self.model, {m: layer.index for m, layer in self.layers.items()})
+        """The modules that add one layer each to the residual stream, by an attention that knows where its rows are."""
+        return blocks(self.model, {m: layer.index for m, layer in self.layers.items() if not is_gone(m)})
 
     @cached_property
     def routers(self) -> dict[torch.nn.Module, int]:
         """The modules that choose experts."""
-        return routers(self.model, self.blocks)
+        return routers(self.model, blocks(self.model, {m: layer.index for m, layer in self.layers.items()}))
+
+    @cached_property
+    def gone(self) -> tuple[int, ...]:
+        """Layers whose attention was taken out."""
+        return gone_from(self.layers)
 
     @property
     def results(self) -> Results:
@@ -444,8 +495,9 @@ class Attached:
 
     @property
     def policies(self) -> Policies:
-        """The KV policies of the stack as one."""
-        return Policies.of([m for m in self.stacked() if isinstance(m, Policy)])
+        """The KV policies of the stack as one, which counts the layers that have a cache."""
+        found = [m for m in self.stacked() if isinstance(m, Policy)]
+        return Policies.of([among_left(m, self.gone) for m in found] if self.gone else found)
 
     @property
     def compresses(self) -> bool:
@@ -476,6 +528,8 @@ class Attached:
 
     def meet(self, cache: Any) -> None:
         """Takes over the cache that a call brings along, where a policy wants it or an earlier one has been there."""
+        if self.removal is not None:
+            make_room(cache, self.removal.slots, self.model.config)
         if not self.compresses and not ragged_layers(cache):
             return
         adopt(cache, weakref.ref(self), self.model.config)

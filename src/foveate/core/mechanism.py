@@ -16,7 +16,7 @@ from foveate.core.budget import Amount, Budget
 from foveate.core.card import Card
 from foveate.core.errors import BadInput
 from foveate.core.params import check_bounds
-from foveate.core.places import within
+from foveate.core.places import Head, within
 from foveate.core.reductions import Reduction
 
 if TYPE_CHECKING:
@@ -33,9 +33,11 @@ __all__ = [
     "Mechanism",
     "Metric",
     "ModelMetric",
+    "Parts",
     "Pattern",
     "Policy",
     "PromptEdit",
+    "Pruner",
     "ResidualEdit",
     "RowMetric",
     "Stream",
@@ -354,4 +356,27 @@ class Pattern(Mechanism):
 
     def select(self, view: View) -> Visits:
         """The visits of this layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a model, as the whole model counts its layers and heads.
+
+    Args:
+        attention: Layers whose attention is meant.
+        feed_forward: Layers whose feed-forward is meant.
+        heads: (layer, head) of single heads.
+    """
+
+    attention: tuple[int, ...] = ()
+    feed_forward: tuple[int, ...] = ()
+    heads: tuple[Head, ...] = ()
+
+
+class Pruner(Mechanism):
+    """Says which parts of a model are taken out: `attach` does it for a `with` block, `apply` for good."""
+
+    def parts(self) -> Parts:
+        """The parts that go."""
         raise NotImplementedError

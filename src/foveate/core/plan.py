@@ -19,7 +19,7 @@ from foveate.core import registry
 from foveate.core.attach import Attached, attach
 from foveate.core.budget import Budget
 from foveate.core.errors import BadInput, NothingObserved
-from foveate.core.mechanism import Mechanism, PromptEdit
+from foveate.core.mechanism import Mechanism, PromptEdit, Pruner
 from foveate.core.places import Span, placed
 
 __all__ = ["Applied", "Plan", "apply", "fingerprint"]
@@ -243,7 +243,17 @@ class Applied:
     stack: ExitStack
 
     def remove(self) -> None:
-        """Takes the plan off; the model computes bit for bit what it did before."""
+        """Takes the plan off; the model computes bit for bit what it did before.
+
+        Raises:
+            BadInput: parts of the model are gone, so that it cannot; the plan stays on as it is.
+        """
+        if self.attached.removal is not None:
+            pruners = ", ".join(type(m).__name__ for m in self.plan.mechanisms if isinstance(m, Pruner))
+            raise BadInput(
+                f"the parts that {pruners} took out of {type(self.model).__name__} are gone, so this plan cannot be "
+                "taken off; load the model again"
+            )
         self.model.__dict__.pop(LASTING, None)
         # a plan may be taken off unused
         with suppress(NothingObserved):
@@ -253,7 +263,8 @@ class Applied:
 def apply(model: Any, plan: Plan | str | Path) -> Applied:
     """Makes a plan lasting: it acts on every call of the model until `remove` of what comes back.
 
-    Prompt edits change texts, not the model: pass your prompts through `plan.prompt`.
+    Parts that a pruner takes out are gone for good, and the memory of their weights is free. Prompt edits change
+    texts, not the model: pass your prompts through `plan.prompt`.
 
     Args:
         model: The model that the plan is for.
@@ -270,6 +281,8 @@ def apply(model: Any, plan: Plan | str | Path) -> Applied:
         )
     stack = ExitStack()
     applied = Applied(plan, model, stack.enter_context(plan.attach(model)), stack)
+    if applied.attached.removal is not None:
+        applied.attached.removal.release()
     # on the model itself, so that it lives as long as the model
     model.__dict__[LASTING] = applied
     return applied

@@ -20,12 +20,13 @@ The checks stand in files by what they are about, and run in this order:
     steering     edits on whole models, and those of the residual stream, of experts and of prompts
     models       those that run the model themselves
     policies     those that say what stays in a KV cache
+    prune        those that take parts out of a model
 
 Checks for a kind of mechanism of its own are one more file here and one more import below.
 """
 
 # isort: off
-from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies
+from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune
 # isort: on
 
 from foveate.testing.checks.models import COLUMNS
@@ -55,6 +56,7 @@ __all__ = [
     "leaks",
     "models",
     "policies",
+    "prune",
     "steering",
     "truth",
     "words",

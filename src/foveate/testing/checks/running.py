@@ -22,6 +22,7 @@ from foveate.core.mechanism import (
     Pattern,
     Policy,
     PromptEdit,
+    Pruner,
     ResidualEdit,
 )
 
@@ -51,7 +52,7 @@ ATTACHED = (Metric, *ACTING)
 # those that see no attention call: the residual stream, routers
 INSIDE = (ResidualEdit, ExpertEdit)
 EDITS = (Edit, HeadEdit, *INSIDE)
-ALL = (*ATTACHED, *INSIDE, PromptEdit, ModelMetric, Policy)
+ALL = (*ATTACHED, *INSIDE, PromptEdit, ModelMetric, Policy, Pruner)
 
 Verdict = Literal["passed", "skipped", "known failure", "failed"]
 

@@ -1,0 +1,1 @@
+"""Pruning: which parts of a model are taken out."""
