@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,7 +15,7 @@ from foveate.core.errors import BadInput, BadParameter
 from foveate.probe import CommonWords, KeyValue, Needles, PlantedFacts, VariableTracking, default_text
 from foveate.probe.common_words import INSTRUCTION as LIST_BELOW
 from foveate.probe.planted_facts import RELATIONS
-from foveate.probe.sample import SLACK
+from foveate.probe.sample import SLACK, fit
 
 TASKS = [
     Needles(length=1000),
@@ -127,7 +128,6 @@ def test_needles_are_asked_for_by_name(needles, tokenizer):
 @pytest.mark.parametrize(("chains", "hops"), [(1, 4), (2, 1), (4, 3)])
 def test_assignments_lead_to_the_variables_asked_for(chains, hops, tokenizer):
     task = VariableTracking(length=6000, chains=chains, hops=hops)
-    asked = []
     for sample in task.samples(tokenizer, 4):
         context, question = spoken(tokenizer, sample)
         held: dict[str, str] = {}
@@ -138,8 +138,6 @@ def test_assignments_lead_to_the_variables_asked_for(chains, hops, tokenizer):
         assert sample.parts == tuple(name for name in held if held[name] == value)
         assert len(held) == chains * (hops + 1)
         assert len(sample.parts) == hops + 1
-        asked.append(sorted(set(held.values())).index(value) if chains == 1 else value)
-    assert len(set(asked)) == (1 if chains == 1 else 4)
 
 
 def test_solved_examples_share_nothing_with_the_task(tokenizer):
@@ -196,7 +194,7 @@ def test_planted_facts_are_new_and_asked_for(tokenizer):
 
 @pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 2), (1.0, 3)])
 def test_depth_says_which_fact(depth, place, tokenizer):
-    sample = PlantedFacts(length=1500, depth=depth).samples(tokenizer, 1)[0]
+    sample = PlantedFacts(length=4000, depth=depth).samples(tokenizer, 1)[0]
     assert sample.depth == (place + 0.5) / 4
     assert sample.needle[0] / len(sample.ids) == pytest.approx(sample.depth, abs=0.15)
 
@@ -225,3 +223,11 @@ def test_parameters_have_bounds():
         CommonWords(share=1.0)
     with pytest.raises(BadParameter, match="depth must be from 0"):
         PlantedFacts(depth=-0.1)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.2, 4.0])
+@pytest.mark.parametrize("step", [1, 5, 13, 16])
+def test_the_length_is_met_whatever_a_unit_takes(step, rate):
+    for length in range(700, 740):
+        found = fit(lambda size: SimpleNamespace(ids=range(30 + step * size)), length, rate)
+        assert length - SLACK <= len(found.ids) <= length

@@ -51,16 +51,16 @@ class Chain:
 class VariableTracking:
     """Asks for all variables that have a value, directly or by way of others.
 
-    The assignments of a chain stand in their order, those of different chains mixed. The samples take turns with which
-    chain is asked for; the needle is the variable that is given the value itself. With one chain a model that names
+    The assignments of a chain stand in their order, those of different chains mixed at random, so that the chain asked
+    for may be anywhere. The needle is the variable that is given the value itself. With one chain a model that names
     every variable of the text is right; two chains and more prevent that.
 
     Args:
         length: Tokens of the whole prompt.
         chains: Number of values.
         hops: Variables of each chain that get the value from another variable.
-        shots: Solved examples in front, without filler. SmolLM2-135M takes its answer from them: it does better with
-            none.
+        shots: Solved examples in front, without filler. SmolLM2-135M often copies its answer from them
+            and does better with none.
         text: What to fill with; None takes `default_text()`. Each sample starts at another place of it.
 
     Differs from the paper: two chains of one hop by default (one of 4 there, with one solved example that has filler);
@@ -88,11 +88,9 @@ class VariableTracking:
     def samples(self, tokenizer: Any, count: int, seed: int = 0) -> list[Sample]:
         """Makes `count` prompts; the same seed gives the same prompts."""
         numbers = range(len(depths(None, count)))
-        return [
-            self.sample(tokenizer, random.Random(f"variable_tracking {seed} {i}"), i % self.chains) for i in numbers
-        ]
+        return [self.sample(tokenizer, random.Random(f"variable_tracking {seed} {i}")) for i in numbers]
 
-    def sample(self, tokenizer: Any, draw: random.Random, asked: int) -> Sample:
+    def sample(self, tokenizer: Any, draw: random.Random, asked: int = 0) -> Sample:
         """The prompt of a draw that asks for chain `asked`."""
         text = filler_text(self.text)
         chains = self.drawn(draw, text)

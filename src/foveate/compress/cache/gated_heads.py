@@ -83,6 +83,7 @@ class GatedHeads(Policy):
         " of 32 words. In decoding entries are dropped every few tokens instead of at each",
         use="where a few minutes of fitting are worth a cache that keeps far recall",
         misleads="gates learned on pass keys spare the heads that copy; what else heads look far back for is not seen",
+        claims=("sparing_heads", "learned_gates"),
     )
     test_params: ClassVar = (
         {"gates": ((0, 1, 0.9), (1, 0, 0.2))},

@@ -61,6 +61,7 @@ class HeavyHitters(Policy):
         "decoding entries are dropped every few tokens instead of at each",
         use="as a strong default when the question may stand anywhere in the text",
         misleads="early keys have been seen by more rows and gain score for that alone",
+        claims=("heavy_hitters_recency",),
     )
     test_params: ClassVar = ({}, {"recent": 0.0})
 

@@ -135,6 +135,7 @@ class MixtureOfSpans(Policy):
         "there to search it",
         misleads="lines found at one length, or on one kind of text, say little of others: what nothing in the text "
         "makes a head look back for is not seen. The losses of heads are added up, and are more together",
+        claims=("mixture_of_spans",),
     )
     test_params: ClassVar = (
         {},

@@ -78,6 +78,7 @@ class Recycled(Policy):
         "version of the paper adds. Each row of a batch and each layer decides alone",
         use="when neighbouring tokens look at the same places, as in long answers from a long text",
         misleads="what becomes important between two full steps is not read; a full step reads more than the budget",
+        claims=("recycled", "recycled_local"),
     )
     test_params: ClassVar = ({"stride": 3}, {"similarity": 0.6, "check": 1})
 

@@ -88,6 +88,7 @@ class RetrievalHeads(Policy):
         use="to shrink the cache of a model with clear retrieval heads without knowing the question",
         misleads="where many query heads share a KV head, the top heads are spread over most of the KV heads, and "
         "little is left to drop",
+        claims=("compensation",),
     )
     test_params: ClassVar = (
         {"heads": ((1, 1),)},

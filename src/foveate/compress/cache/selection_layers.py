@@ -79,6 +79,7 @@ class SelectionLayers(Policy):
         "kinds of layers those with a sliding window neither choose nor follow, and read their window",
         use="for long caches of deep models: no layer but the few that choose touches more than the budget",
         misleads="heads are matched by number, from layer to layer, though they need not do the same",
+        claims=("layer_overlap",),
     )
     test_params: ClassVar = ({"first": 0, "again": ()}, {"first": 0, "again": (0.1,)})
 
