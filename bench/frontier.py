@@ -29,6 +29,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -42,15 +43,15 @@ PROBES = ("passkey", "key_value", "needles", "variable_tracking", "common_words"
 PERPLEXITY = "perplexity"
 FOLLOW, STRETCHES = 128, 8
 MEASURED = {"length": 700, "count": 8, "seed": 1000}
-PRESSES = {
-    "KeyDiffPress": {},
-    "TOVAPress": {},
-    "KnormPress": {},
-    "ExpectedAttentionPress": {},
-    "SnapKVPress": {},
-    "StreamingLLMPress": {},
-    "RandomPress": {},
-}
+PRESSES = (
+    "KeyDiffPress",
+    "TOVAPress",
+    "KnormPress",
+    "ExpectedAttentionPress",
+    "SnapKVPress",
+    "StreamingLLMPress",
+    "RandomPress",
+)
 
 
 def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tuple]:
@@ -221,73 +222,69 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
     """kvpress's presses on the same prompts, in a process of its own environment."""
     from foveate.models.embedded import converted
     from foveate.probe.ledger import Ledger
-    from foveate.probe.run import graded, limit, stop_tokens
 
     if len(args.peer) != 2 or args.peer[0] != "kvpress":
         raise SystemExit("say: python bench/frontier.py kvpress PYTHON")
     ledger = Ledger(OUT / "frontier.peers.jsonl")
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
     env.pop("PYTHONPATH", None)
-    command = [args.peer[1], str(Path(__file__).resolve().with_name("_kvpress_worker.py"))]
+    command = [args.peer[1], str(HERE / "peers" / "kvpress_worker.py")]
+    cases = [(t, n, p, k) for t in args.tokens for n in args.probes for p in args.only or PRESSES for k in args.keep]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
-
-        def asked(question: dict) -> dict:
-            assert worker.stdin
-            assert worker.stdout
-            worker.stdin.write(json.dumps(question) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-            if not answer:
-                raise SystemExit("kvpress's process ended; see what it said above")
-            return json.loads(answer)
-
-        for tokens in args.tokens:
-            for name in args.probes:
-                for press in PRESSES if not args.only else args.only:
-                    for share in args.keep:
-                        entries = []
-                        if name == PERPLEXITY:
-                            jobs = [{"ids": t[:-FOLLOW], "rest": t[-FOLLOW:]} for t in stretches(tokenizer, tokens)]
-                        else:
-                            samples = task(name, tokens).samples(tokenizer, 50, 0)
-                            samples = samples[:: max(1, 50 // args.count)]
-                            stop = sorted(stop_tokens(model, tokenizer))
-                            jobs = [
-                                {
-                                    "ids": s.ids[: s.question_start],
-                                    "rest": s.ids[s.question_start :],
-                                    "limit": limit(s),
-                                    "stop": stop,
-                                }
-                                for s in samples
-                            ]
-                        for n, job in enumerate(jobs):
-                            key = Ledger.key("kvpress", press, share, job)
-                            if key not in ledger:
-                                ledger.add(key, asked(job | {"press": press, "keep": share}))
-                            entries.append(ledger[key])
-                            print(f"\rkvpress {tokens} {name} {press} {share}: {n + 1}", end="", flush=True)
-                        held = sum(e["share"] for e in entries) / len(entries)
-                        if name == PERPLEXITY:
-                            full = ours(model, tokenizer, name, tokens, {}, 0, "unseen")
-                            del full
-                            from foveate.probe.trials import FULL, continuations
-
-                            base = continuations(model, stretches(tokenizer, tokens), {}, FOLLOW, file=LEDGER)
-                            numbers = ratio(tuple(e["loss"] for e in entries), base[FULL].losses)
-                        else:
-                            from foveate.probe.run import wilson
-
-                            right = sum(
-                                graded(s, tokenizer.decode(e["said"])).share
-                                for s, e in zip(samples, entries, strict=True)
-                            )
-                            low, high = wilson(right, len(entries))
-                            numbers = {"value": right / len(entries), "low": low, "high": high, "count": len(entries)}
-                        save(f"unseen {tokens} {name}", {f"kvpress {press} @ {share:g}": numbers | {"share": held}})
-                        print(f": {numbers['value']:.3f}")
+        for tokens, name, press, share in cases:
+            jobs, graded = asked(model, tokenizer, name, tokens, args.count)
+            entries = []
+            for n, job in enumerate(jobs):
+                key = Ledger.key("kvpress", press, share, job)
+                if key not in ledger:
+                    ledger.add(key, answered(worker, job | {"press": press, "keep": share}))
+                entries.append(ledger[key])
+                print(f"\rkvpress {tokens} {name} {press} {share}: {n + 1}", end="", flush=True)
+            numbers = graded(entries) | {"share": sum(e["share"] for e in entries) / len(entries)}
+            save(f"unseen {tokens} {name}", {f"kvpress {press} @ {share:g}": numbers})
+            print(f": {numbers['value']:.3f}")
         assert worker.stdin
         worker.stdin.close()
+
+
+def answered(worker: subprocess.Popen, question: dict) -> dict:
+    """What the other process says to one prompt."""
+    assert worker.stdin
+    assert worker.stdout
+    worker.stdin.write(json.dumps(question) + "\n")
+    worker.stdin.flush()
+    answer = worker.stdout.readline()
+    if not answer:
+        raise SystemExit("kvpress's process ended; see what it said above")
+    return json.loads(answer)
+
+
+def asked(model, tokenizer, name: str, tokens: int, count: int) -> tuple[list[dict], Callable[[list[dict]], dict]]:
+    """The prompts of one probe as the other process takes them, and how its answers are judged."""
+    from foveate.probe.run import graded, limit, stop_tokens, wilson
+    from foveate.probe.trials import FULL, continuations
+
+    if name == PERPLEXITY:
+        texts = stretches(tokenizer, tokens)
+
+        def compared(entries: list[dict]) -> dict:
+            full = continuations(model, texts, {}, FOLLOW, file=LEDGER)[FULL].losses
+            return ratio(tuple(e["loss"] for e in entries), full)
+
+        return [{"ids": text[:-FOLLOW], "rest": text[-FOLLOW:]} for text in texts], compared
+    # every so many of the 50 prompts that ours are tried on, so that all depths are there
+    samples = task(name, tokens).samples(tokenizer, 50, 0)[:: max(1, 50 // count)]
+    stop = sorted(stop_tokens(model, tokenizer))
+
+    def recalled(entries: list[dict]) -> dict:
+        right = sum(graded(s, tokenizer.decode(e["said"])).share for s, e in zip(samples, entries, strict=True))
+        low, high = wilson(right, len(entries))
+        return {"value": right / len(entries), "low": low, "high": high, "count": len(entries)}
+
+    return [
+        {"ids": s.ids[: s.question_start], "rest": s.ids[s.question_start :], "limit": limit(s), "stop": stop}
+        for s in samples
+    ], recalled
 
 
 # ---------------------------------------------------------------- what is written

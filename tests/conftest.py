@@ -1,6 +1,6 @@
 """Shape annotations are checked while the tests run, and every worker computes on one thread.
 
-Checking a call costs more than most calls do, so each test checks the first calls of every function, and lets the others
+Checking a call costs more than most calls do, so each test checks the first calls of every function, and lets the rest
 through. CHECKED_CALLS=all checks all of them.
 """
 

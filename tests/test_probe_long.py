@@ -227,7 +227,8 @@ def test_parameters_have_bounds():
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 4.0])
 @pytest.mark.parametrize("step", [1, 5, 13, 16])
-def test_the_length_is_met_whatever_a_unit_takes(step, rate):
+def test_the_length_is_met_whatever_a_unit_takes(step, rate, unchecked):
+    # what has a length stands for a prompt, which annotations would not have
     for length in range(700, 740):
         found = fit(lambda size: SimpleNamespace(ids=range(30 + step * size)), length, rate)
         assert length - SLACK <= len(found.ids) <= length

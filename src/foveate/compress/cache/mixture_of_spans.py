@@ -101,11 +101,11 @@ class MixtureOfSpans(Policy):
 
         `fit` finds the head that looks back 16 letters, in a text that says nothing new.
 
-        >>> again = 16 * "qwertyuiopasdfgh"
-        >>> few = {"lengths": (24,), "unseen": 48, "samples": 1, "sinks": 1, "every": 1}
-        >>> few |= {"keep": 0.3, "spans": ((0, 0.0), (20, 0.0))}
-        >>> found = MixtureOfSpans.fit(handmade.model(), tiny.tokenizer(), again, **few)
-        >>> [handmade.HEADS[at][head] for at, head, alpha, _ in found.spans if alpha]
+        >>> again, model = 16 * "qwertyuiopasdfgh", handmade.model()
+        >>> few = {"lengths": (24,), "unseen": 48, "samples": 1, "sinks": 1}
+        >>> few |= {"every": 1, "keep": 0.3, "spans": ((0, 0.0), (20, 0.0))}
+        >>> found = MixtureOfSpans.fit(model, tiny.tokenizer(), again, **few)
+        >>> [handmade.HEADS[a][h] for a, h, alpha, _ in found.spans if alpha]
         ['induction']
     """
 
