@@ -99,7 +99,7 @@ class MixtureOfSpans(Policy):
         >>> handmade.kept(cache, text, layer=1)["first"]
         'To be. Or not to be. Ask.'
 
-        `fit` finds the head that looks back 16 letters, in a text that says nothing new.
+        `fit` finds the head that looks back 16 letters, in a text that repeats.
 
         >>> again, model = 16 * "qwertyuiopasdfgh", handmade.model()
         >>> few = {"lengths": (24,), "unseen": 48, "samples": 1, "sinks": 1}
