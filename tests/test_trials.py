@@ -28,7 +28,7 @@ SETTINGS = {
     "model": (ExpectedAttention(foveate.Budget(0.3, sinks=1, recent=2, every=0, heads="model")),),
     "merged": (HeavyHitters(FEW), MergeDropped()),
 }
-ALONE = {"packed": (Streaming(FEW), Quantised()), "pages": (Pages(foveate.Budget(8, sinks=1, recent=2, every=0)),)}
+OTHERS = {"packed": (Streaming(FEW), Quantised()), "pages": (Pages(foveate.Budget(8, sinks=1, recent=2, every=0)),)}
 TASK = Passkey(600)
 
 
@@ -67,7 +67,7 @@ def alone(model, policies, prompt):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_branch_is_the_cache_that_its_policies_alone_would_fill(model, batch):
     prompt, rest = ids(batch=batch), ids(5, batch, seed=1)
-    settings = {**SETTINGS, **ALONE}
+    settings = {**SETTINGS, **OTHERS}
     made = branch(model, prompt, list(settings.values()))
     for policies, mine in zip(settings.values(), made.caches, strict=True):
         theirs = alone(model, policies, prompt)
@@ -104,7 +104,7 @@ def test_a_cache_that_is_joined_with_the_wrong_rows_is_seen(llama, monkeypatch):
 
 
 def test_packed_rows_are_joined_as_they_are(llama):
-    policies = ALONE["packed"]
+    policies = OTHERS["packed"]
     made = branch(llama, ids(), [policies, (Streaming(foveate.Budget(9, sinks=1, recent=2, every=0)), Quantised())])
     rest = ids(3, seed=1)
     together = joined(made.caches, llama.config)
@@ -138,14 +138,14 @@ def test_bytes_of_the_models_own_cache(llama):
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_a_trial_is_what_a_run_under_the_policies_gives(llama, tokenizer, unseen):
-    settings = {**SETTINGS, **ALONE}
+    settings = {**SETTINGS, **OTHERS}
     found = trials(llama, tokenizer, TASK, settings, 2, 3, unseen=unseen)
     assert set(found) == {FULL, *settings}
     plain = run(llama, tokenizer, TASK, 2, 3, unseen=unseen)
     assert found[FULL].result == plain
     assert found[FULL].share == 1.0
     for name, policies in settings.items():
-        after = policies if name in ALONE else (Whole(),)
+        after = policies if name == "pages" else (Whole(),)
         for sample, record in zip(TASK.samples(tokenizer, 2, 3), found[name].result.records, strict=True):
             context = sample.question_start if unseen else len(sample.ids) - 1
             if not unseen:
@@ -236,11 +236,11 @@ def test_prompts_longer_than_the_model_reads(tokenizer):
 
 def test_what_follows_is_predicted_behind_the_compressed_text(llama):
     texts = [ids(60, seed=n)[0].tolist() for n in range(3)]
-    found = continuations(llama, texts, {**SETTINGS, **ALONE}, 40)
-    for name, policies in {FULL: (Whole(),), **SETTINGS, **ALONE}.items():
+    found = continuations(llama, texts, {**SETTINGS, **OTHERS}, 40)
+    for name, policies in {FULL: (Whole(),), **SETTINGS, **OTHERS}.items():
         for text, loss in zip(texts, found[name].losses, strict=True):
             cache = alone(llama, policies, torch.tensor([text[:-40]]))
-            after = policies if name in ALONE else (Whole(),)
+            after = policies if name == "pages" else (Whole(),)
             with torch.no_grad():
                 first = llama(input_ids=torch.tensor([text[:-40]])).logits[:, -1:]
             parts = [first]

@@ -210,14 +210,16 @@ def each(
     # what is kept whole is what the model's own cache would be
     caches |= {name: made.full for name in settings if name not in caches}
     held |= {name: 1.0 for name in settings if name not in held}
-    alone = {n for n in names if Policies.of(settings[n]).read or Policies.of(settings[n]).store}
-    together = [name for name in caches if name not in alone]
-    for start in range(0, len(together), TOGETHER):
-        some = together[start : start + TOGETHER]
-        batch = joined([caches.pop(name) for name in some], model.config)
-        for name, result in zip(some, under(model, (), batch, made, len(some), go_on), strict=True):
-            yield name, result, held[name]
-    for name in sorted(alone):
+    parts = {name: Policies.of(settings[name]) for name in caches}
+    reading = [name for name in caches if parts[name].read]
+    for store in dict.fromkeys(parts[name].store for name in caches):
+        alike = [name for name in caches if name not in reading and parts[name].store == store]
+        for start in range(0, len(alike), TOGETHER):
+            some = alike[start : start + TOGETHER]
+            batch = joined([caches.pop(name) for name in some], model.config)
+            for name, result in zip(some, under(model, (), batch, made, len(some), go_on), strict=True):
+                yield name, result, held[name]
+    for name in reading:
         (result,) = under(model, settings[name], caches.pop(name), made, 1, go_on)
         yield name, result, held[name]
 

@@ -51,6 +51,7 @@ def frontier(found: Compressed, probe: str | None) -> figure:
         width=620,
         height=360,
         x_axis_label="share of the cache's bytes",
+        x_range=(0.0, 1.08 * max(c.standing.share for c in found.searched.candidates)),
         y_axis_type="log" if probe is None else "linear",
         tools="pan,wheel_zoom,box_zoom,reset",
         toolbar_location="above",
@@ -91,5 +92,6 @@ def frontier(found: Compressed, probe: str | None) -> figure:
     told = [("", "@name"), ("bytes", "@share{0.0%}"), ("", "@value{0.000} (@low{0.000} to @high{0.000})")]
     plot.add_tools(HoverTool(tooltips=told))
     plot.xaxis.formatter = NumeralTickFormatter(format="0%")
-    plot.add_layout(Legend(items=items, label_text_font_size="9pt", spacing=0, padding=4, click_policy="hide"), "below")
+    legend = Legend(items=items, ncols=2, label_text_font_size="9pt", spacing=0, padding=4, click_policy="hide")
+    plot.add_layout(legend, "below")
     return plot
