@@ -14,6 +14,7 @@ import warnings
 import kvpress
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
 
 PIECE = 32
 
@@ -59,6 +60,7 @@ def answer(model, job: dict) -> dict:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(os.environ["SMOLLM2_FOLDER"], dtype=torch.float32).eval()
     for line in sys.stdin:
         print(json.dumps(answer(model, json.loads(line))), flush=True)
