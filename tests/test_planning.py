@@ -11,15 +11,16 @@ import torch
 
 import foveate
 from commands import here
-from foveate.compress import KeyNorm, Quantised, Streaming
+from foveate.compress import GatedHeads, KeyNorm, MixtureOfSpans, Quantised, RetrievalHeads, Streaming
 from foveate.core.errors import BadInput, UnknownName
 from foveate.core.mechanism import Policy
+from foveate.core.registry import find
 from foveate.planning import compressing, searching
 from foveate.planning.compressing import cache_bytes
 from foveate.planning.examining import FOLLOW, Exam, Standing, Value, ratio, split
 from foveate.planning.goals import Goal, parse_quality
 from foveate.planning.heads import answer_mass
-from foveate.planning.proposals import Family, families, named, spared_heads, sparing
+from foveate.planning.proposals import Family, families, fitted, named, spared_heads, sparing
 from foveate.planning.searching import Candidate, Searched, between, contenders, line_up, ordered, prove, search
 from foveate.probe import KeyValue
 from foveate.probe.sample import Sample
@@ -147,6 +148,32 @@ def test_what_is_proposed():
             counts = torch.cat([policy.counts(seen, layer, 2, 3, 64) for layer in range(2)], 1)
             # no more than the share, and most of it used but for a part of one head
             assert share - 1 / 6 < counts.sum() / (6 * tokens) * 1.05 <= share + 1e-9, (name, share)
+
+
+@pytest.mark.parametrize("name", ["gated_heads", "retrieval_heads", "mixture_of_spans"])
+def test_what_is_fitted_holds_the_share(name, monkeypatch):
+    """Whatever heads or spans a policy's own `fit` finds, what is proposed holds the share that was asked for."""
+    tokens = 1000
+
+    def spans(model, tokenizer, text, *, keep):
+        budget = foveate.Budget(1 << 24, sinks=4, recent=1)
+        return MixtureOfSpans(budget, tuple((layer, head, 0.0, keep) for layer, head, _ in GATES))
+
+    def heads(model, tokenizer):
+        if name == "gated_heads":
+            return GatedHeads(foveate.Budget(40, sinks=4, recent=20, every=0), GATES)
+        return RetrievalHeads(0.2, ((1, 2),))
+
+    fit = spans if name == "mixture_of_spans" else heads
+    monkeypatch.setattr(find(name, "compress"), "fit", fit)
+    for share in (0.3, 0.5):
+        policy = fitted(name, None, None, "", tokens, share, len(GATES))
+        seen = torch.tensor([tokens])
+        counts = torch.cat([policy.counts(seen, layer, 2, 3, 64) for layer in range(2)], 1)
+        assert share - 1 / 6 - 0.05 < counts.sum() / (6 * tokens) * 1.05 <= share + 0.03
+    if name != "mixture_of_spans":
+        with pytest.raises(BadInput, match=r"more than 4%|too little for the others at 4%"):
+            fitted(name, None, None, "", tokens, 0.04, len(GATES))
 
 
 def test_policies_that_cannot_be_proposed():

@@ -142,7 +142,7 @@ def compress(
     before, per_head = cache_bytes(model, tokens)
     share = goal.share(before, tokens)
     gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
-    parts = families(policies, gates, tokens, per_head, partial(fit, model, tokenizer, text, tokens, file))
+    parts = families(policies, gates, tokens, per_head, partial(fit, model, tokenizer, text, tokens, len(gates), file))
     first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
     found = search(model, tokenizer, first, goal, parts, share, file, tell)
     proof = Exam(tasks, held_out, count, PROOF, unseen)
@@ -168,11 +168,13 @@ def heads_of(model: Any, tokenizer: Any, tokens: int, file: Path | None, tell: T
     return tuple((int(layer), int(head), float(gate)) for layer, head, gate in ledger[key])
 
 
-def fit(model: Any, tokenizer: Any, text: str, tokens: int, file: Path | None, name: str, share: float) -> Policy:
+def fit(
+    model: Any, tokenizer: Any, text: str, tokens: int, kv_heads: int, file: Path | None, name: str, share: float
+) -> Policy:
     """A policy whose own `fit` finds its parameters, found once for each share."""
     ledger, key = Ledger(file), Ledger.key("fit", fingerprint(model), text, tokens, name, share)
     if key not in ledger:
-        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share)))
+        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads)))
     policy = read(ledger[key])
     assert isinstance(policy, Policy)
     return policy

@@ -160,23 +160,43 @@ def only(store: Policy, least: float) -> Callable[[float], tuple[Policy, ...]]:
     return at
 
 
-def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share: float) -> Policy:
+def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share: float, kv_heads: int) -> Policy:
     """A policy with the parameters that its own `fit` finds, made to hold a share.
 
-    Heads that keep everything are as many as fit; spans are searched under the share itself.
+    Spans are searched under the share itself. Of heads that a gate orders as many keep everything as fit; where `fit`
+    says which heads do, the others get what is left.
+
+    Args:
+        name: Its name.
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: What spans are searched on.
+        tokens: Length of the text that the share is of.
+        share: Share of the model's own cache.
+        kv_heads: KV heads of the whole model.
+
+    Raises:
+        BadInput: it cannot hold so little.
     """
     policy: Any = find(name, "compress")
-    known = inspect.signature(policy.fit).parameters
-    if "keep" in known:
+    if "keep" in inspect.signature(policy.fit).parameters:
         return policy.fit(model, tokenizer, text, keep=share / OVERHEAD)
     found = policy.fit(model, tokenizer)
+    room = share / OVERHEAD * tokens
     if hasattr(found, "keeping"):
         rest = found.limits.least
-        room = (share / OVERHEAD * tokens - rest) / max(tokens - rest, 1)
-        if room < 0:
+        if room < rest:
             raise BadInput(f"{name} keeps at least {rest} tokens of every head, more than {share:.0%} of {tokens}")
-        return found.keeping(room)
-    return found
+        spared = min(kv_heads, int((room - rest) * kv_heads / max(tokens - rest, 1)))
+        return found.keeping(spared / kv_heads)
+    spared = len(found.heads)
+    rest = int((room * kv_heads - spared * tokens) / max(kv_heads - spared, 1))
+    if rest < found.limits.least:
+        raise BadInput(
+            f"{name} spares {spared} of {kv_heads} heads, which leaves too little for the others at {share:.0%} of "
+            f"{tokens} tokens"
+        )
+    return found.within(Budget(rest, sinks=found.limits.sinks, recent=found.limits.recent, every=found.limits.every))
 
 
 def spared_heads(gates: Sequence[Value], share: float, tokens: int, rest: int) -> tuple[Value, ...]:
