@@ -184,7 +184,7 @@ def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share:
     found = policy.fit(model, tokenizer)
     room = share / OVERHEAD * tokens
     if hasattr(found, "keeping"):
-        rest = found.limits.least
+        rest = found.limits.keep if isinstance(found.limits.keep, int) else found.limits.least
         if room < rest:
             raise BadInput(f"{name} keeps at least {rest} tokens of every head, more than {share:.0%} of {tokens}")
         spared = min(kv_heads, int((room - rest) * kv_heads / max(tokens - rest, 1)))
