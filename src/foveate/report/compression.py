@@ -53,6 +53,7 @@ def frontier(found: Compressed, probe: str | None) -> figure:
         x_axis_label="share of the cache's bytes",
         x_range=(0.0, 1.08 * max(c.standing.share for c in found.searched.candidates)),
         y_axis_type="log" if probe is None else "linear",
+        **({} if probe is None else {"y_range": (0.0, 1.05)}),
         tools="pan,wheel_zoom,box_zoom,reset",
         toolbar_location="above",
         sizing_mode="scale_width",
