@@ -1,67 +1,91 @@
 """Shape annotations are checked while the tests run, and every worker computes on one thread.
 
-Checking a call costs more than most calls do, so each test checks the first calls of every function, and lets the rest
-through. CHECKED_CALLS=all checks all of them.
+Checking a call costs more than most calls do, and what it says depends on the kinds, shapes and dtypes of what goes in
+and comes out. So it is remembered: a function that comes by again with the same ones is not checked again.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
+import torch
 from beartype import BeartypeConf, beartype
 
 # an int is good where a float is asked for, as for every other type checker
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-CALLS = os.environ.get("CHECKED_CALLS", "20")
-MOST = math.inf if CALLS == "all" else int(CALLS)
-seen: Counter[CodeType] = Counter()
 jaxtyped = jaxtyping.jaxtyped
+# what came out of calls that were checked, by function and by what went in
+known: dict[Any, set[Any]] = {}
 
 
-def first_calls(*, typechecker: Any) -> Callable[[Any], Any]:
-    """What the import hook decorates with: `jaxtyped`, for the first calls of a function in each test."""
+def kinds(value: Any) -> Any:
+    """What a check of a value depends on."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return type(value), tuple(value.shape), value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(kinds, value))
+    if isinstance(value, dict):
+        return type(value), tuple((kinds(k), kinds(v)) for k, v in value.items())
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(kinds, value))
+    # words may be one of a few that are allowed; a class may be asked for by itself
+    return (type(value), value) if isinstance(value, str | type) else type(value)
+
+
+def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
+    """What the import hook decorates with: `jaxtyped`, with a memory."""
 
     def decorate(thing: Any) -> Any:
         if not isinstance(thing, FunctionType):
             return jaxtyped(typechecker=typechecker)(thing)
-        whole: list[Any] = []
+        made: list[Any] = []
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return made[-1] if made else thing(*args, **kwargs)
+
+        # annotations are looked up where the function stands
+        again = FunctionType(run.__code__, thing.__globals__, closure=run.__closure__)
+        functools.update_wrapper(again, thing)
+
+        # made when it is needed: functions inside of functions come into being at every call
+        whole = functools.cache(lambda: jaxtyped(typechecker=typechecker)(again))
 
         @functools.wraps(thing)
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
-            if seen[thing.__code__] >= MOST:
-                return thing(*args, **kwargs)
-            seen[thing.__code__] += 1
-            if not whole:
-                whole.append(jaxtyped(typechecker=typechecker)(thing))
-            return whole[0](*args, **kwargs)
+            given = thing.__code__, kinds(args), kinds(kwargs)
+            if given not in known:
+                out = whole()(*args, **kwargs)
+                if not jaxtyping.config.jaxtyping_disable:
+                    known[given] = {kinds(out)}
+                return out
+            out = thing(*args, **kwargs)
+            if (form := kinds(out)) not in known[given]:
+                # the same went in and something else came out, which is looked at without another call
+                made.append(out)
+                try:
+                    whole()(*args, **kwargs)
+                finally:
+                    made.pop()
+                known[given].add(form)
+            return out
 
         return call
 
     return decorate
 
 
-jaxtyping.jaxtyped = first_calls  # type: ignore[assignment]
+jaxtyping.jaxtyped = remembering  # type: ignore[assignment]
 # before anything of foveate is imported
 jaxtyping.install_import_hook("foveate", f"{__name__}.checked")
 
-import torch  # noqa: E402
-
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def checked_anew() -> None:
-    """Each test checks the first calls for itself."""
-    seen.clear()
 
 
 @pytest.fixture

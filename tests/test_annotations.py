@@ -1,0 +1,56 @@
+"""Shape annotations are checked in the tests, whatever was checked before."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from conftest import checked, remembering
+from foveate.core.policy import best
+from foveate.probe.run import wilson
+
+SCORES, COUNTS = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.long)
+
+
+def test_a_wrong_shape_is_told_also_behind_right_ones():
+    for _ in range(3):
+        best(SCORES, COUNTS)
+    for scores, counts in ((SCORES[0], COUNTS), (SCORES, COUNTS.float()), (SCORES, torch.ones(1, 3, dtype=torch.long))):
+        for _ in range(2):
+            with pytest.raises(jaxtyping.TypeCheckError):
+                best(scores, counts)
+
+
+def test_what_comes_out_is_looked_at_although_the_same_went_in():
+    gives, calls = [torch.zeros(2)], []
+
+    def same(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        calls.append(x)
+        return gives[0]
+
+    function = remembering(typechecker=checked)(same)
+    for _ in range(2):
+        assert function(torch.zeros(2)) is gives[0]
+    gives[0] = torch.zeros(3)
+    for n in range(2):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            function(torch.zeros(2))
+        # a call that is looked at again is not made again
+        assert len(calls) == 3 + n
+    gives[0] = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        function(torch.zeros(2))
+
+
+def test_kinds_of_numbers_are_told_apart():
+    wilson(1, 2)
+    for wrong in ("1", None, [1]):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            wilson(wrong, 2)
+
+
+def test_annotations_can_be_off(unchecked):
+    best(SCORES[0], COUNTS[0])
