@@ -12,8 +12,8 @@ share of transformers' own cache.
 
 Plans: `heads + POLICY`: the KV heads whose rows put most weight on the answer (measured on passkey and key-value
 prompts of 700 tokens with another seed) keep everything, the others a twentieth of the text, chosen by the policy.
-`8 bits + …`: the same with keys and values in 8 bits, which leaves room for nearly four times as many. Policies that
-choose what a token reads hold everything; they are in the tables at the share that they read.
+`8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many. Policies
+that choose what a token reads hold everything; they are in the tables at the share that they read.
 
 `kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts.
 
@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -85,7 +84,8 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     scored = [n for n in known if "score" in make(n, "compress").parts and n not in fitted]
     readers = [n for n in known if "read" in make(n, "compress").parts]
     bits = Quantised()
-    packed = bits.row_bytes(64, torch.float32) / 256
+    # keys and values in 8 bits, and with each entry its position and score
+    packed = (2 * bits.row_bytes(64, torch.float32) + 8) / (2 * 64 * 4)
 
     def spared(name: str, share: float, part: float = 0.05) -> Policy:
         rest = max(68, round(part * tokens))
@@ -130,13 +130,6 @@ def measured(model, tokenizer) -> tuple:
     return tuple(tuple(gate) for gate in ledger[key])
 
 
-def task(name: str, tokens: int):
-    """A probe by name."""
-    from foveate import probe
-
-    return getattr(probe, "".join(word.capitalize() for word in name.split("_")))(tokens)
-
-
 def stretches(tokenizer, tokens: int) -> list[list[int]]:
     """Stretches of Python's documentation, evenly spread."""
     from foveate.probe import default_text
@@ -177,6 +170,7 @@ def main() -> None:
 
 def ours(model, tokenizer, name: str, tokens: int, tried: dict, count: int, protocol: str) -> dict[str, dict]:
     """What came of each set of policies on one probe."""
+    from foveate.planning.compressing import task
     from foveate.probe.trials import FULL, continuations, trials
 
     def progress(done: int, of: int) -> None:
@@ -205,14 +199,9 @@ def ours(model, tokenizer, name: str, tokens: int, tried: dict, count: int, prot
 
 def ratio(losses: tuple[float, ...], full: tuple[float, ...]) -> dict[str, float]:
     """Perplexity as a multiple of the full cache's, with a t-interval over the stretches."""
-    from scipy import stats
+    from foveate.planning import examining
 
-    gaps = [a - b for a, b in zip(losses, full, strict=True)]
-    mean = sum(gaps) / len(gaps)
-    spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / (len(gaps) - 1) / len(gaps))
-    half = stats.t.ppf(0.975, len(gaps) - 1) * spread
-    ends = {"value": mean, "low": mean - half, "high": mean + half}
-    return {k: math.exp(v) for k, v in ends.items()} | {"count": len(gaps)}
+    return asdict(examining.ratio(losses, full)) | {"count": len(losses)}
 
 
 # ---------------------------------------------------------------- kvpress
@@ -261,6 +250,7 @@ def answered(worker: subprocess.Popen, question: dict) -> dict:
 
 def asked(model, tokenizer, name: str, tokens: int, count: int) -> tuple[list[dict], Callable[[list[dict]], dict]]:
     """The prompts of one probe as the other process takes them, and how its answers are judged."""
+    from foveate.planning.compressing import task
     from foveate.probe.run import graded, limit, stop_tokens, wilson
     from foveate.probe.trials import FULL, continuations
 

@@ -163,8 +163,7 @@ def split(ids: list[int], tokens: int) -> tuple[tuple[tuple[int, ...], ...], tup
             f"the text has {len(ids):,} tokens, too few to search on one half and prove on the other with "
             f"--tokens {tokens:,}, which takes {2 * least:,}; {hint}"
         )
-    parts = ((ids[:half], SEARCH_STRETCHES), (ids[half:], HELD_OUT_STRETCHES))
-    return tuple(stretches(part, tokens, most) for part, most in parts)  # type: ignore[return-value]
+    return stretches(ids[:half], tokens, SEARCH_STRETCHES), stretches(ids[half:], tokens, HELD_OUT_STRETCHES)
 
 
 def stretches(ids: list[int], tokens: int, most: int) -> tuple[tuple[int, ...], ...]:

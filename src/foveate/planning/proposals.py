@@ -245,4 +245,4 @@ def sparing(
     if recent < 1:
         raise BadInput(f"rest={rest}: give room for {sinks} first tokens, {waiting} new ones and a recent one")
     budget = Budget(rest, sinks=sinks, recent=recent, heads=heads, every=every)
-    return dataclasses.replace(policy, budget=budget)  # type: ignore[call-arg]
+    return policy.within(budget)

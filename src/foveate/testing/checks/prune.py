@@ -19,7 +19,7 @@ from foveate.core.registry import where
 from foveate.testing import tiny
 from foveate.testing.checks.measuring import same
 from foveate.testing.checks.running import Skip, check, expect
-from foveate.testing.checks.steering import declared_identity, generated, logits, only, texts
+from foveate.testing.checks.steering import declared_identity, generated, logits, padded_as_alone, texts
 
 # where the attention and the feed-forward of a layer put what they say
 LAST = {
@@ -106,18 +106,7 @@ def _decode(m: Pruner) -> None:
 @check(Pruner)
 def _padding(m: Pruner) -> None:
     """A padded row gives what the same row gives alone."""
-    for name in some(m):
-        model = tiny.model(name)
-        for side in ("left", "right"):
-            given = texts(name, m, padding=side)
-            got = logits(model, m, [given])["logits"]
-            for row, real in enumerate(given["attention_mask"].bool()):
-                want = logits(model, m, [only(given, row)])
-                same(
-                    {"logits": got[row : row + 1, real]},
-                    want,
-                    f"{name}, {side}-padded, row {row} against the row alone",
-                )
+    padded_as_alone(m, some(m))
 
 
 @check(Pruner)
