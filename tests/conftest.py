@@ -24,18 +24,31 @@ jaxtyped = jaxtyping.jaxtyped
 known: dict[Any, set[Any]] = {}
 
 
+# how a kind of value is told, found once for each kind
+ways: dict[type, Callable[[Any], Any] | None] = {}
+
+
 def kinds(value: Any) -> Any:
     """What a check of a value depends on."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return type(value), tuple(value.shape), value.dtype
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(kinds, value))
-    if isinstance(value, dict):
-        return type(value), tuple((kinds(k), kinds(v)) for k, v in value.items())
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(map(kinds, value))
+    kind = type(value)
+    if kind not in ways:
+        ways[kind] = way(kind)
+    told = ways[kind]
+    return kind if told is None else (kind, told(value))
+
+
+def way(kind: type) -> Callable[[Any], Any] | None:
+    """How values of a kind are told apart; None: they are not."""
+    if issubclass(kind, torch.Tensor | np.ndarray):
+        return lambda value: (tuple(value.shape), value.dtype)
+    if issubclass(kind, tuple | list):
+        return lambda value: tuple(map(kinds, value))
+    if issubclass(kind, dict):
+        return lambda value: tuple((kinds(k), kinds(v)) for k, v in value.items())
+    if issubclass(kind, set | frozenset):
+        return lambda value: frozenset(map(kinds, value))
     # words may be one of a few that are allowed; a class may be asked for by itself
-    return (type(value), value) if isinstance(value, str | type) else type(value)
+    return (lambda value: value) if issubclass(kind, str | type) else None
 
 
 def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
