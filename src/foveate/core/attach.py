@@ -38,6 +38,7 @@ from foveate.core.mechanism import (
     PromptEdit,
     Pruner,
     ResidualEdit,
+    Schedule,
     Tilt,
 )
 from foveate.core.places import check_places, spans_of
@@ -52,7 +53,7 @@ __all__ = ["Attached", "attach", "attention_layers"]
 
 ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, Attached] = weakref.WeakKeyDictionary()
 COUNTER = itertools.count()
-ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy, Pruner)
+ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy, Pruner, Schedule)
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 
 
@@ -65,7 +66,8 @@ def attach(
     Metrics observe, edits and patterns act, and a KV policy says which keys stay in the cache; an `attach` inside
     another one adds to its stack. Whatever the order in which they are given, tilts act before edits of scores, these
     before edits of weights, then head edits and at last edits of the residual stream; among their like, in the order
-    in which they are given. A pruner's parts are out before anything else looks at the model. On leaving, the model
+    in which they are given. A pruner's parts are out before anything else looks at the model. A schedule computes the
+    calls whose rows nobody reads or changes. On leaving, the model
     computes bit for bit what it did before. A cache that a policy compressed can be used again only while something is
     attached.
 
@@ -74,8 +76,8 @@ def attach(
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
-        mechanisms: Metrics, edits of any kind but those of prompts, at most one pattern, at most one pruner, and KV
-            policies that do not do the same.
+        mechanisms: Metrics, edits of any kind but those of prompts, KV policies that do not do the same, and at most
+            one pattern, one pruner and one schedule.
         engine: Which way of the row engine to use.
         trial: The small input, as arguments of the model; True makes one, False leaves the trial out.
 
@@ -96,7 +98,8 @@ def attach(
                 hint = f"; run it with {type(m).__name__}(...).measure(model, tokenizer)"
             elif isinstance(m, PromptEdit):
                 hint = "; it changes a text, before there are tokens: call its .edit(text)"
-            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern, a Policy or a Pruner{hint}")
+            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern, a Policy, a Pruner or a "
+                f"Schedule{hint}")
     outer = ACTIVE.get(model)
     with ExitStack() as stack:
         layers = attention_layers(model) if outer is None else outer.layers
@@ -180,7 +183,7 @@ def has_its_parts(
 def agree(mechanisms: list[Mechanism]) -> None:
     """Raises `BadInput` where two mechanisms contradict each other."""
     Policies.of([m for m in mechanisms if isinstance(m, Policy)])
-    for kind in (Pattern, Pruner):
+    for kind in (Pattern, Pruner, Schedule):
         if len(same := [m for m in mechanisms if isinstance(m, kind)]) > 1:
             raise BadInput(f"one {kind.__name__.lower()} at a time; {len(same)} are attached: {same}")
     seen: dict[tuple, Mechanism] = {}
@@ -463,12 +466,14 @@ class Attached:
             (a, n, m) for a, n, m in mechanisms if isinstance(m, Metric) and all(can(r, view) for r in m.needs())
         ]
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
+        schedules = [m for _, _, m in mechanisms if isinstance(m, Schedule)]
         asked = [need for one in policies for need in one.needs()]
         rows = attend_rows(
             view,
             [*(r for _, _, m in metrics for r in m.needs()), *asked],
             edits=[m for _, _, m in mechanisms if isinstance(m, Edit)],
             pattern=patterns[0].select if patterns else None,
+            schedule=schedules[0] if schedules else None,
             engine=self.engine,
         )
         self.calls_seen()
@@ -507,7 +512,7 @@ class Attached:
     @property
     def idle(self) -> bool:
         """Whether nothing wants to see or change rows."""
-        return all(isinstance(m, Policy) for m in self.stacked())
+        return all(isinstance(m, Policy | Schedule) for m in self.stacked())
 
     def cache_of(self, key: Tensor) -> RaggedLayer | None:
         """The ragged layer that these keys were handed on by; None where the call has no such cache.

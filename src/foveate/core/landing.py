@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import NotLanded, NotSupported
-from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, Mechanism, Pattern, ResidualEdit
+from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, Mechanism, Pattern, ResidualEdit, Schedule
 from foveate.core.params import bounds_of
 from foveate.core.places import Experts, Heads, Indices, Vectors
 from foveate.core.rows import View, attend
@@ -20,7 +20,9 @@ from foveate.core.rows import View, attend
 __all__ = ["Trial", "proved", "small_input"]
 
 TOKENS = 12
-ACTING = (Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern)
+# those that may leave everything as it was: a pattern can visit all of a short text, a schedule changes nothing
+STILL_KINDS = (Pattern, Schedule)
+ACTING = (Edit, HeadEdit, ResidualEdit, ExpertEdit, *STILL_KINDS)
 # a share of the largest number there; the reference works in float64
 APART = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}
 STILL = 1e-7
@@ -50,7 +52,7 @@ class Trial:
     @torch.no_grad()
     def called(self, view: View, out: Tensor, mechanisms: Sequence[Mechanism]) -> None:
         """One attention call gave these head outputs; the reference says what they must be, and what moved them."""
-        acting = [m for m in mechanisms if isinstance(m, Edit | HeadEdit | Pattern)]
+        acting = [m for m in mechanisms if isinstance(m, Edit | HeadEdit | Pattern | Schedule)]
         if not acting:
             return
         want = self.reference(view, acting)
@@ -106,8 +108,7 @@ def proved(
         NotSupported: no small input can be made for this model.
     """
     acting = tuple(m.miniature() if given is None else m for m in mechanisms if isinstance(m, ACTING) and not m.nothing)
-    # a pattern may visit all of a short text
-    if all(isinstance(m, Pattern) for m in acting):
+    if not acting or all(isinstance(m, Pattern) for m in acting):
         return
     inputs = small_input(model) if given is None else given
     name, modes = type(model).__name__, {m: m.training for m in model.modules()}
@@ -129,9 +130,8 @@ def proved(
             f"{described(acting)} on {name}: the head outputs of layer {layer} are not what the dense reference says "
             f"({off:.2g} of the largest one apart); take another engine, for instance engine='blocks'"
         )
-    for n, m in enumerate(acting):
-        if isinstance(m, Pattern):
-            continue
+    must_move = [(n, m) for n, m in enumerate(acting) if not isinstance(m, STILL_KINDS)]
+    for n, m in must_move:
         moved = {layer for (at, layer), by in trial.moved.items() if at == n and by > STILL}
         still = sorted(named_layers(m) - moved)
         if not moved or still:
@@ -140,7 +140,7 @@ def proved(
                 f"{type(m).__name__} changes nothing in {at} of {name}, tried on a small input: {m!r}. "
                 "Check what it names, or give trial={…} with an input that it acts on"
             )
-    if apart(before, after) <= STILL_OUTPUT:
+    if must_move and apart(before, after) <= STILL_OUTPUT:
         layers = sorted({layer for (_, layer), by in trial.moved.items() if by > STILL})
         raise NotLanded(
             f"{described(acting)} changes layers {', '.join(map(str, layers))} of {name}, but not the model's output: "

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from foveate.core.policy import Held, Merged, Reading
     from foveate.core.ragged import Packed
     from foveate.core.rows import Layer, RowBlock, Rows, View
+    from foveate.core.traffic import Shape, Traffic
 
 __all__ = [
     "Edit",
@@ -40,6 +41,7 @@ __all__ = [
     "Pruner",
     "ResidualEdit",
     "RowMetric",
+    "Schedule",
     "Stream",
     "Tilt",
     "Visits",
@@ -356,6 +358,24 @@ class Pattern(Mechanism):
 
     def select(self, view: View) -> Visits:
         """The visits of this layer."""
+        raise NotImplementedError
+
+
+class Schedule(Mechanism):
+    """An order in which attention is computed exactly: what comes out is the same, what it costs is not."""
+
+    def refuses(self, view: View) -> str:
+        """Why it cannot stand for this call, or ""; the row engine computes what it refuses."""
+        return ""
+
+    def run(
+        self, view: View
+    ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
+        """Head outputs and the log-sum-exp of each row, -inf for a row that sees nothing; differentiable."""
+        raise NotImplementedError
+
+    def traffic(self, shape: Shape, fast: int) -> Traffic:
+        """What moves between slow memory and a fast one of `fast` numbers, for a call of this shape."""
         raise NotImplementedError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["NativeResult", "attend", "available"]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
-_MAX_WIDTH = 256
+MAX_WIDTH = 256
 # a multiple of what one register tile covers, whatever the processor
 _PANEL = 64
 
@@ -275,8 +275,8 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, int, int, int]
         raise ValueError(f"q, k and v do not fit together: {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     if 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1]:
         raise ValueError(f"the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} kv heads")
-    if not (1 <= q.shape[3] <= _MAX_WIDTH and 1 <= v.shape[3] <= _MAX_WIDTH):
-        raise ValueError(f"the head widths must be between 1 and {_MAX_WIDTH}, got {q.shape[3]} and {v.shape[3]}")
+    if not (1 <= q.shape[3] <= MAX_WIDTH and 1 <= v.shape[3] <= MAX_WIDTH):
+        raise ValueError(f"the head widths must be between 1 and {MAX_WIDTH}, got {q.shape[3]} and {v.shape[3]}")
     return q.shape, k.shape[1], k.shape[2], v.shape[3]
 
 

@@ -1,12 +1,13 @@
 """The row engine: exact attention over row blocks, with whatever is asked of the rows on the way.
 
-`attend(view, reductions=...)` gives the head outputs and the reductions in memory O(heads x block x N). There are five
+`attend(view, reductions=...)` gives the head outputs and the reductions in memory O(heads x block x N). There are six
 ways to the same numbers, each the others' test:
 
     reference   whole rows of one layer at once, float64 on request: defines what is right
     blocks      row blocks in plain PyTorch: any rule, edit, pattern, bias or reduction; differentiable
     fused       closed forms from the log-sum-exp of fused kernels: no weight is formed, any device
     native      one pass of the package's own CPU kernel
+    tiled       the key blocks that a pattern visits and no others (`core/tiled.py`); differentiable
     sdpa        nothing is asked: scaled_dot_product_attention and nothing else
 """
 
@@ -22,17 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from foveate.core import fused, onepass
+from foveate.core import fused, onepass, tiled
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
-from foveate.core.mechanism import Edit, Tilt
+from foveate.core.mechanism import Edit, Schedule, Tilt
 from foveate.core.places import within
 from foveate.core.reductions import Reduction, Sampled
 from foveate.core.rule import Rule, Softmax, lse_of
 
 __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
 
-Engine = Literal["auto", "reference", "blocks", "fused", "native", "sdpa"]
+Engine = Literal["auto", "reference", "blocks", "fused", "native", "tiled", "sdpa"]
 SOFTMAX = Softmax()
 # larger blocks leave the cache between one stage and the next
 BLOCK_BYTES = 4 << 20
@@ -316,6 +317,7 @@ def attend(
     rule: Rule = SOFTMAX,
     edits: Sequence = (),
     pattern: Callable | None = None,
+    schedule: Schedule | None = None,
     engine: Engine = "auto",
     block: int | None = None,
     dtype: torch.dtype | None = None,
@@ -328,6 +330,7 @@ def attend(
         rule: Scores and normalisation.
         edits: Row edits in the order in which they act, tilts before all others; reductions see the edited weights.
         pattern: `select(view)` of a pattern: which key blocks each row block visits.
+        schedule: In which order to compute what no engine has been named for, where nobody looks at rows.
         engine: Which way; "auto" takes the cheapest that can do what is asked.
         block: Rows per block; default: as many as fit in 4 MB of weights.
         dtype: Precision of the row blocks; default float32, or float64 if the inputs are.
@@ -343,12 +346,16 @@ def attend(
     edits = tuple(e for e in given if e.whole_rows and e.acts(view.layer.index))
     view, beyond = tilted(view, given)
     edits = (*edits, *beyond)
-    plain = type(rule) is Softmax and not edits and pattern is None
+    plain = type(rule) is Softmax and not edits
     streamed = tuple(r for r in wanted if r.axis != "sample")
     if engine == "auto":
-        engine = choose(view, streamed, plain, dtype)
-    if engine != "blocks" and engine != "reference":
-        if not plain:
+        whole = plain and pattern is None and dtype is None and not streamed and view.tilt is None
+        if schedule is not None and whole and not schedule.refuses(view):
+            engine = "schedule"
+        else:
+            engine = choose(view, streamed, plain, dtype, pattern is not None)
+    if engine not in ("blocks", "reference", "schedule"):
+        if not plain or (pattern is not None and engine != "tiled"):
             raise NotSupported(f"engine {engine!r} has no rules, edits or patterns; use 'blocks' or 'auto'")
         if dtype is not None:
             raise NotSupported(f"engine {engine!r} works in float32; use 'reference' for {dtype}")
@@ -360,6 +367,11 @@ def attend(
     found: dict[Reduction, Tensor]
     if engine == "sdpa":
         out, found = sdpa(view), {}
+    elif engine == "tiled":
+        out, found = tiled.attend(view, stages.visits)[0], {}
+    elif engine == "schedule":
+        assert schedule is not None
+        out, found = schedule.run(view)[0], {}
     elif engine == "native":
         out, found = onepass.rows(view, streamed)
     elif engine == "fused":
@@ -434,9 +446,13 @@ def first_pass(view: View, edits: Sequence) -> dict[Reduction, Any]:
     return attend(view, needed).values if needed else {}
 
 
-def choose(view: View, reductions: Sequence[Reduction], plain: bool, dtype: torch.dtype | None) -> Engine:
+def choose(
+    view: View, reductions: Sequence[Reduction], plain: bool, dtype: torch.dtype | None, patterned: bool = False
+) -> Engine:
     """The cheapest way that can do what is asked."""
-    if not plain or dtype is not None or view.q.dtype == torch.float64:
+    if plain and patterned and dtype is None and not REFUSALS["tiled"](view, reductions):
+        return "tiled"
+    if not plain or patterned or dtype is not None or view.q.dtype == torch.float64:
         return "blocks"
     # one row's mask is as small as its scores: the framework's kernel starts faster than ours
     if view.tilt is not None and view.queries > 1 and not REFUSALS["native"](view, reductions):
@@ -509,6 +525,7 @@ REFUSALS: dict[str, Callable[[View, Sequence[Reduction]], str]] = {
     "sdpa": sdpa_refuses,
     "native": onepass.refuses,
     "fused": fused.refuses,
+    "tiled": tiled.refuses,
 }
 
 

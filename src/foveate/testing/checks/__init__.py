@@ -21,12 +21,13 @@ The checks stand in files by what they are about, and run in this order:
     models       those that run the model themselves
     policies     those that say what stays in a KV cache
     prune        those that take parts out of a model
+    exact        those that compute attention exactly, in an order of their own
 
 Checks for a kind of mechanism of its own are one more file here and one more import below.
 """
 
 # isort: off
-from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune
+from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune, exact
 # isort: on
 
 from foveate.testing.checks.models import COLUMNS
@@ -52,6 +53,7 @@ __all__ = [
     "check_mechanism",
     "checks_for",
     "chosen",
+    "exact",
     "examine",
     "leaks",
     "models",

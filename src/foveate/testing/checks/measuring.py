@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.attach import can
-from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, Pattern
+from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, Pattern, Schedule
 from foveate.core.reductions import Reduction, Sample, Sampled
 from foveate.core.rows import Engine, Rows, View
 from foveate.core.rows import attend as attend_rows
@@ -146,6 +146,8 @@ def output(
         return attend_rows(view, edits=[m], **options).out
     if isinstance(m, Pattern):
         return attend_rows(view, pattern=m.select, **options).out
+    if isinstance(m, Schedule):
+        return attend_rows(view, schedule=m, **options).out
     rows = attend_rows(view, **options)
     return m.edit(rows, rows.out) if isinstance(m, HeadEdit) else rows.out
 

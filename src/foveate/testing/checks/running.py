@@ -24,6 +24,7 @@ from foveate.core.mechanism import (
     PromptEdit,
     Pruner,
     ResidualEdit,
+    Schedule,
 )
 
 __all__ = [
@@ -47,7 +48,7 @@ __all__ = [
     "expect",
 ]
 
-ACTING = (Edit, HeadEdit, Pattern)
+ACTING = (Edit, HeadEdit, Pattern, Schedule)
 ATTACHED = (Metric, *ACTING)
 # those that see no attention call: the residual stream, routers
 INSIDE = (ResidualEdit, ExpertEdit)

@@ -42,8 +42,9 @@ def reference(m: Mechanism) -> None:
     for name, view in grid(m, VARIED):
         options = {"all_rows": False} if isinstance(m, Metric) else {}
         truth = numbers(m, view, engine="reference", dtype=torch.float64, **options)
-        for engine in ("blocks", "fused", "native"):
-            if engine == "blocks" or (isinstance(m, Metric) and not REFUSALS[engine](view, streamed(m))):
+        for engine in ("blocks", "fused", "native", "auto"):
+            always = engine in ("blocks", "auto")
+            if always or (isinstance(m, Metric) and not REFUSALS[engine](view, streamed(m))):
                 same(
                     numbers(m, view, engine=engine, **options),
                     truth,

@@ -1,0 +1,1 @@
+"""Exact attention in another order: the same numbers, other costs."""

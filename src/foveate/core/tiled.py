@@ -1,0 +1,406 @@
+r"""Exact attention over the key blocks that are visited, with memory linear in N, forward and backward.
+
+    s = scale q k^T,    m' = max(m, max s),    l' = e^{m - m'} l + \sum e^{s - m'},    o' = e^{m - m'} o + e^{s - m'} v
+    out = o / l,        lse = m + ln l,        d = \sum out dout,                      ds = p (dout v^T - d + dlse)
+
+Row blocks walk over the key blocks that they visit; blocks that nobody visits cost nothing. The backward pass makes
+the weights p = e^{s - lse} again, tile by tile. For sigmoid attention p = \sigma(s + bias), rows have no normaliser,
+and ds = p (1 - p) dout v^T.
+
+Two ways to the same numbers: the package's CPU kernel, which walks over stretches of adjacent blocks, and plain PyTorch
+on any device and in any dtype, where row blocks that visit equally many key blocks are one batch of matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from foveate.core import native
+from foveate.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from foveate.core.mechanism import Visits
+    from foveate.core.reductions import Reduction
+    from foveate.core.rows import View
+
+__all__ = ["Ranges", "Tiles", "attend", "refuses"]
+
+# row and key blocks of a dense call
+ROWS, KEYS = 64, 256
+# bytes of scores that one batch of tiles makes: more do not stay in the cache
+STEP_BYTES = 4 << 20
+
+
+def refuses(view: View, reductions: Sequence[Reduction] = ()) -> str:
+    """Why tiles cannot stand for this call, or ""."""
+    if reductions:
+        return f"{reductions[0]} needs the rows"
+    if view.bias is not None or view.mask.dense is not None:
+        return "an additive bias, or a mask that is no interval of keys"
+    if view.tilt is not None:
+        return "a bias on keys, which edits ask for"
+    if view.dropout:
+        return "dropout acts on single weights"
+    return ""
+
+
+def attend(
+    view: View, visits: Visits | None = None, *, sigmoid: float | None = None
+) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
+    """Attention of one call over the key blocks that each row block visits; differentiable, twice not.
+
+    Args:
+        view: The attention call, without bias, tilt and dropout.
+        visits: Which key blocks are visited; None: all that the mask lets through.
+        sigmoid: The bias of sigmoid attention, -ln N in the paper; None: softmax.
+
+    Returns:
+        Head outputs in the dtype of the queries, and the log-sum-exp of each row, -inf for a row that sees nothing (for
+        sigmoid attention all zeros).
+
+    Raises:
+        NotSupported: the call has something that is not in the tiles, see `refuses`.
+        BadInput: a pattern that does not cover the call.
+    """
+    if reason := refuses(view):
+        from foveate.core.errors import NotSupported
+
+        raise NotSupported(f"tiled attention: {reason}")
+    if sigmoid is not None and view.sinks is not None:
+        raise BadInput("sigmoid attention has no normaliser that a learned sink could stand in")
+    call = Call(Tiles.of(view, visits), view.scale, view.softcap, sigmoid)
+    out, lse = Exact.apply(view.q, view.k, view.v, call)
+    if view.sinks is not None:
+        # a row that sees nothing has nothing to weigh its sink against
+        empty = lse == -torch.inf
+        whole = torch.logaddexp(lse.masked_fill(empty, 0.0), view.sinks.to(lse)[:, None])
+        share = torch.exp(lse.masked_fill(empty, 0.0) - whole)
+        out, lse = out * share[..., None].to(out.dtype), whole.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+# ---------------------------------------------------------------- what is visited
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Stretches of adjacent keys that row blocks visit, one row block behind the other.
+
+    Args:
+        start: Where the stretches of each row block begin in `bounds`, with the end of the last one.
+        bounds: First key of each stretch, and one past its last.
+        rows: Rows per row block.
+        batch: Batch entries that have stretches of their own; 1: all have the same.
+        heads: Heads that have.
+    """
+
+    start: Int[Tensor, " blocks_and_one"]
+    bounds: Int[Tensor, "stretches two"]
+    rows: int
+    batch: int
+    heads: int
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The key blocks that each row block visits, and the keys that each row may see.
+
+    Args:
+        table: True where a row block visits a key block; None: everywhere.
+        low: First key that each row may see.
+        high: One past the last.
+        rows: Rows per row block.
+        keys: Keys per key block.
+        count: How many keys there are.
+    """
+
+    table: Bool[Tensor, "#batch #heads row_blocks key_blocks"] | None
+    low: Int[Tensor, "#batch query"]
+    high: Int[Tensor, "#batch query"]
+    rows: int
+    keys: int
+    count: int
+
+    @classmethod
+    def of(cls, view: View, visits: Visits | None) -> Tiles:
+        """The tiles of a call; blocks that the mask hides from all their rows are not visited."""
+        mask = view.mask
+        if visits is None:
+            return cls(None, mask.low, mask.high, ROWS, min(KEYS, max(1, view.keys)), view.keys)
+        want = (-(-view.queries // visits.rows), -(-view.keys // visits.keys))
+        got = tuple(visits.table.shape[-2:])
+        if got != want:
+            raise BadInput(
+                f"a pattern of {got[0]} x {got[1]} blocks for {view.queries} rows and {view.keys} keys in blocks of "
+                f"{visits.rows} x {visits.keys}: it must have {want[0]} x {want[1]}"
+            )
+        return cls(visits.table, mask.low, mask.high, visits.rows, visits.keys, view.keys)
+
+    @cached_property
+    def seen(self) -> Bool[Tensor, "#batch #heads row_blocks key_blocks"]:
+        """The visits that the mask leaves."""
+        blocks, stop = -(-self.count // self.keys), self.low.shape[1]
+        pad = (0, -stop % self.rows)
+        # rows behind the last one, and rows that see nothing, ask for nothing
+        empty = self.high <= self.low
+        low = torch.nn.functional.pad(self.low.masked_fill(empty, self.count), pad, value=self.count)
+        high = torch.nn.functional.pad(self.high.masked_fill(empty, 0), pad)
+        low, high = low.unflatten(1, (-1, self.rows)).amin(2), high.unflatten(1, (-1, self.rows)).amax(2)
+        first = torch.arange(blocks, device=low.device) * self.keys
+        near = ((first < high[..., None]) & (first + self.keys > low[..., None]))[:, None]
+        return near if self.table is None else near & self.table
+
+    @cached_property
+    def ranges(self) -> Ranges | None:
+        """The visits as stretches of keys, for the CPU kernel; None where the mask says it all."""
+        if self.table is None:
+            return None
+        seen = self.seen
+        edge = torch.nn.functional.pad(seen.to(torch.int8), (1, 1)).diff(dim=-1)
+        first, behind = ((edge == sign).nonzero()[:, 3] for sign in (1, -1))
+        bounds = torch.stack([first * self.keys, (behind * self.keys).clamp_max(self.count)], 1).to(torch.int32)
+        start = torch.nn.functional.pad((edge == 1).sum(-1).flatten().cumsum(0), (1, 0))
+        return Ranges(start, bounds.contiguous(), self.rows, *seen.shape[:2])
+
+
+# ---------------------------------------------------------------- forward and backward
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What both passes need besides the tensors.
+
+    Args:
+        tiles: The visits.
+        scale: Factor of the dot products.
+        softcap: c of c tanh(s / c), or None.
+        sigmoid: Bias of sigmoid attention, or None.
+    """
+
+    tiles: Tiles
+    scale: float
+    softcap: float | None
+    sigmoid: float | None
+
+    def by_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the CPU kernel can do it."""
+        return (
+            False and native.available()
+            and q.device.type == "cpu"
+            and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and max(q.shape[-1], v.shape[-1]) <= native.MAX_WIDTH
+        )
+
+
+class Exact(torch.autograd.Function):
+    """Outputs and log-sum-exps, and their derivatives from weights that are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        out, lse = (by_kernel if call.by_kernel(q, k, v) else by_batches)(q, k, v, call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = call
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        call: Call = ctx.call
+        # what all weights of a row have in common
+        shared = (dout.to(lse) * out.to(lse)).sum(-1) - dlse
+        way = kernel_back if call.by_kernel(q, k, v) and call.softcap is None else batches_back
+        return *way((q, k, v, dout), lse, shared, call), None
+
+
+def by_kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The forward pass by the CPU kernel."""
+    tiles = call.tiles
+    at = torch.zeros(1, max(tiles.low.shape[1], tiles.count), dtype=torch.int32)
+    found = native.attend(
+        q,
+        k,
+        v,
+        scale=call.scale,
+        lo=tiles.low.contiguous(),
+        hi=tiles.high.contiguous(),
+        query_position=at[:, : tiles.low.shape[1]],
+        key_position=at[:, : tiles.count],
+        softcap=call.softcap,
+        ranges=tiles.ranges,
+        sigmoid=call.sigmoid,
+    )
+    return found.out, found.lse
+
+
+def kernel_back(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, shared: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass by the CPU kernel."""
+    q, k, v, dout = tensors
+    tiles = call.tiles
+    return native.derive(
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        shared,
+        scale=call.scale,
+        lo=tiles.low.contiguous(),
+        hi=tiles.high.contiguous(),
+        ranges=tiles.ranges,
+        sigmoid=call.sigmoid,
+    )
+
+
+# ---------------------------------------------------------------- plain PyTorch
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Row blocks that visit equally many key blocks.
+
+    Args:
+        row: Which row block of all (batch entry, head, row block) each is.
+        pair: Which (batch entry, KV head) it reads.
+        block: The key blocks that it visits.
+        allowed: Which of their keys each of its rows may see.
+    """
+
+    row: Int[Tensor, " tiles"]
+    pair: Int[Tensor, " tiles"]
+    block: Int[Tensor, "tiles visited"]
+    allowed: Bool[Tensor, "tiles rows key"]
+
+
+def batches(q: Tensor, k: Tensor, tiles: Tiles) -> Iterator[list[Batch]]:
+    """The row blocks, those that visit equally many key blocks together; of each lot its steps over the keys."""
+    batch, heads, _, _ = q.shape
+    seen = tiles.seen.expand(batch, heads, -1, -1)
+    row_blocks, device = seen.shape[2], q.device
+    pad = (0, -tiles.low.shape[1] % tiles.rows)
+    low, high = (
+        torch.nn.functional.pad(t.expand(batch, -1), pad).unflatten(1, (-1, tiles.rows)) for t in (tiles.low, tiles.high)
+    )
+    flat = seen.flatten(0, 2)
+    count = flat.sum(-1)
+    for many in count.unique().tolist():
+        alike = (count == many).nonzero()[:, 0]
+        per_step = max(1, STEP_BYTES // (4 * tiles.rows * tiles.keys * max(1, many)))
+        for row in alike.split(per_step):
+            entry, head = row // (heads * row_blocks), row // row_blocks % heads
+            pair = entry * k.shape[1] + head // (heads // k.shape[1])
+            block = flat[row].nonzero()[:, 1].reshape(len(row), many)
+            lo, hi = (t[entry, row % row_blocks][..., None] for t in (low, high))
+            # a row block that visits much walks over it in several steps
+            step = max(1, STEP_BYTES // (4 * tiles.rows * tiles.keys * len(row)))
+            steps = []
+            for part in block.split(step, 1):
+                at = (part[..., None] * tiles.keys + torch.arange(tiles.keys, device=device)).flatten(1)[:, None]
+                steps.append(Batch(row, pair, part, (at >= lo) & (at < hi)))
+            yield steps
+
+
+def blocked(x: Float[Tensor, "batch heads length dim"], size: int) -> Float[Tensor, "pairs blocks size dim"]:
+    """Cut into blocks, the last one filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).flatten(0, 1)
+
+
+def working(x: Tensor) -> torch.dtype:
+    """The precision of scores and weights."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gathered(blocks: Float[Tensor, "pairs blocks size dim"], one: Batch) -> Float[Tensor, "tiles key dim"]:
+    """The keys or values that row blocks visit; what none of their rows may see is zero, whatever stands there."""
+    found = blocks[one.pair[:, None], one.block].flatten(1, 2)
+    return torch.where(one.allowed.any(1)[..., None], found, 0.0)
+
+
+def scores(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Scores, and the derivative of the soft cap."""
+    s = q @ k.transpose(1, 2) * call.scale
+    if call.softcap is None:
+        return s, None
+    bent = torch.tanh(s / call.softcap)
+    return call.softcap * bent, 1 - bent.square()
+
+
+def by_batches(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """The forward pass in PyTorch."""
+    tiles, kind = call.tiles, working(q)
+    rows = blocked(q.to(kind), tiles.rows)
+    size = rows.shape[:2]
+    rows = rows.flatten(0, 1)
+    keys, values = blocked(k.to(kind), tiles.keys), blocked(v.to(kind), tiles.keys)
+    out = rows.new_zeros(len(rows), tiles.rows, v.shape[3])
+    lse = rows.new_full((len(rows), tiles.rows), -torch.inf if call.sigmoid is None else 0.0)
+    for steps in batches(q, k, tiles):
+        row = steps[0].row
+        peak = rows.new_full((len(row), tiles.rows, 1), torch.finfo(kind).min)
+        mass, mixed = torch.zeros_like(peak), torch.zeros_like(out[row])
+        for one in steps:
+            if not one.block.numel():
+                continue
+            some = rows[row].masked_fill(~one.allowed.any(2)[..., None], 0.0)
+            s, _ = scores(some, gathered(keys, one), call)
+            if call.sigmoid is not None:
+                mixed += torch.sigmoid(s + call.sigmoid).masked_fill(~one.allowed, 0.0) @ gathered(values, one)
+                continue
+            s = s.masked_fill(~one.allowed, -torch.inf)
+            higher = torch.maximum(peak, s.amax(-1, keepdim=True))
+            fade, e = torch.exp(peak - higher), torch.exp(s - higher)
+            mass = fade * mass + e.sum(-1, keepdim=True)
+            mixed = fade * mixed + e @ gathered(values, one)
+            peak = higher
+        if call.sigmoid is None:
+            lse[row] = torch.where(mass > 0, peak + torch.log(mass), -torch.inf)[..., 0]
+            mixed = mixed / torch.where(mass > 0, mass, 1.0)
+        out[row] = mixed
+    batch, heads, queries, _ = q.shape
+    out = out.reshape(batch, heads, size[1] * tiles.rows, -1)[:, :, :queries]
+    return out.to(q.dtype), lse.reshape(batch, heads, -1)[:, :, :queries].contiguous()
+
+
+def batches_back(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, shared: Tensor, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass in PyTorch."""
+    q, k, v, dout = tensors
+    tiles, kind = call.tiles, working(q)
+    rows, douts = (blocked(x.to(kind), tiles.rows).flatten(0, 1) for x in (q, dout))
+    keys, values = blocked(k.to(kind), tiles.keys), blocked(v.to(kind), tiles.keys)
+    lse, shared = (blocked(x[..., None].to(kind), tiles.rows).flatten(0, 1) for x in (lse, shared))
+    dq, dk, dv = torch.zeros_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+    for steps in batches(q, k, tiles):
+        for one in steps:
+            if not one.block.numel():
+                continue
+            hidden = ~one.allowed.any(2)[..., None]
+            some, given = (x[one.row].masked_fill(hidden, 0.0) for x in (rows, douts))
+            key, value = gathered(keys, one), gathered(values, one)
+            s, bend = scores(some, key, call)
+            if call.sigmoid is None:
+                p = torch.exp(s - lse[one.row].masked_fill(hidden, 0.0)).masked_fill(~one.allowed, 0.0)
+                ds = p * (given @ value.transpose(1, 2) - shared[one.row].masked_fill(hidden, 0.0))
+            else:
+                p = torch.sigmoid(s + call.sigmoid).masked_fill(~one.allowed, 0.0)
+                ds = p * (1 - p) * (given @ value.transpose(1, 2))
+            ds = (ds if bend is None else ds * bend) * call.scale
+            dq.index_add_(0, one.row, ds @ key)
+            at = (one.pair[:, None], one.block)
+            for total, part in ((dk, ds.transpose(1, 2) @ some), (dv, p.transpose(1, 2) @ given)):
+                total.index_put_(at, part.unflatten(1, (-1, tiles.keys)), accumulate=True)
+
+    def whole(x: Tensor, like: Tensor) -> Tensor:
+        return x.reshape(*like.shape[:2], -1, like.shape[3])[:, :, : like.shape[2]].to(like.dtype)
+
+    return whole(dq, q), whole(dk, k), whole(dv, v)
