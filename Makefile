@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/installed
 DEV := $(VENV)/installed-dev
 # what an installation depends on
-SETUP := pyproject.toml constraints.txt setup.py src/foveate/core/kernels/rows.cpp
+SETUP := pyproject.toml constraints.txt setup.py $(wildcard src/foveate/core/kernels/*.[ch]pp)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # one thread in each of two workers; more threads than cores make torch wait
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

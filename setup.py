@@ -8,7 +8,9 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCE = "src/foveate/core/kernels/rows.cpp"
+FOLDER = "src/foveate/core/kernels"
+SOURCES = [f"{FOLDER}/rows.cpp", f"{FOLDER}/back.cpp"]
+HEADERS = [f"{FOLDER}/tiles.hpp"]
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -66,7 +68,8 @@ class PlatformWheel(bdist_wheel):
 kernels = [
     Extension(
         f"foveate.core.kernels.{name}",
-        [SOURCE],
+        SOURCES,
+        depends=HEADERS,
         extra_compile_args=FLAGS + flags,
         extra_link_args=["-pthread"],
         optional=True,

@@ -3,17 +3,22 @@
 `available()` says whether it can be used. The library is plain C++ behind `ctypes`, which releases the GIL.
 """
 
+from __future__ import annotations
+
 import ctypes
 from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NativeResult", "attend", "available"]
+if TYPE_CHECKING:
+    from foveate.core.tiled import Ranges
+
+__all__ = ["MAX_WIDTH", "NativeResult", "attend", "available", "derive"]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
@@ -23,6 +28,12 @@ _PANEL = 64
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
+
+
+class _Ranges(ctypes.Structure):
+    """Mirrors `struct Ranges` of kernels/tiles.hpp."""
+
+    _fields_ = (*_fields("start bounds", c_void_p), *_fields("rows batch heads blocks", c_int64))
 
 
 class _Call(ctypes.Structure):
@@ -39,8 +50,26 @@ class _Call(ctypes.Structure):
         *_fields("match_query_stride match_key_stride", POINTER(c_int64)),
         *_fields("sinks extra tilt tilted index", c_void_p),
         *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride index_stride", c_int64),
-        *_fields("scale softcap", c_double),
+        ("ranges", _Ranges),
+        ("sigmoid", c_int64),
+        *_fields("scale softcap shift", c_double),
         *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
+    )
+
+
+class _Back(ctypes.Structure):
+    """Mirrors `struct Back` of kernels/back.cpp."""
+
+    _fields_ = (
+        *_fields("batch heads groups queries keys width values threads", c_int64),
+        *_fields("q k v dout", c_void_p),
+        *_fields("q_stride k_stride v_stride dout_stride", c_int64 * 3),
+        *_fields("lse shared lo hi", c_void_p),
+        *_fields("lo_stride hi_stride", c_int64),
+        ("ranges", _Ranges),
+        ("sigmoid", c_int64),
+        *_fields("scale shift", c_double),
+        *_fields("dq dk dv", c_void_p),
     )
 
 
@@ -79,8 +108,10 @@ def _library() -> ctypes.CDLL | None:
     for name in _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("rows_generic",)):
         try:
             library = ctypes.CDLL(str(folder / f"{name}.so"))
-            library.foveate_call_size.restype = c_int64
-            if library.foveate_call_size() == ctypes.sizeof(_Call):
+            sizes = ((library.foveate_call_size, _Call), (library.foveate_back_size, _Back))
+            for size, _ in sizes:
+                size.restype = c_int64
+            if all(size() == ctypes.sizeof(mirror) for size, mirror in sizes):
                 return library
         except (OSError, AttributeError):
             continue
@@ -114,6 +145,8 @@ def attend(
     match: tuple[tuple[Tensor, Tensor], ...] = (),
     extra: Tensor | None = None,
     want_column: bool = False,
+    ranges: Ranges | None = None,
+    sigmoid: float | None = None,
     threads: int | None = None,
 ) -> NativeResult:
     """Softmax attention over intervals of keys, with statistics of its weights.
@@ -145,6 +178,8 @@ def attend(
             whose label is the query's. The label -1 of a query matches nothing.
         extra: float32 [batch or 1, key, n], more value columns, the same for all heads.
         want_column: Ask for the mass that each key receives, summed over the queries.
+        ranges: The stretches of keys that row blocks visit; by default all. Outputs and log-sum-exp only.
+        sigmoid: The bias b of weights sigmoid(score + b), which nothing normalises: log-sum-exps are 0. Outputs only.
         threads: By default what torch uses.
     """
     library = _library()
@@ -195,6 +230,13 @@ def attend(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
+    if (ranges is not None or sigmoid is not None) and (
+        want_entropy or want_distance or within or match or extra is not None or want_column
+    ):
+        raise ValueError("under a pattern, or with sigmoid weights, only outputs and log-sum-exps can be asked for")
+    if sigmoid is not None and sinks is not None:
+        raise ValueError("sigmoid weights are not normalised: sinks have no part in them")
+
     rings = sorted(set(within))
     rows = (batch, heads, queries)
     out = torch.empty(batch, queries, heads, values) if want_out else None
@@ -237,6 +279,9 @@ def attend(
         index_stride=0 if index is None else _step(index),
         scale=scale,
         softcap=softcap or 0.0,
+        ranges=_visited(ranges, batch, heads, queries),
+        sigmoid=sigmoid is not None,
+        shift=sigmoid or 0.0,
     )
     pointers = {
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
@@ -261,6 +306,95 @@ def attend(
         match=match_mass,
         extra=extra_mass,
         column=column,
+    )
+
+
+def derive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    shared: Tensor,
+    *,
+    scale: float,
+    lo: Tensor,
+    hi: Tensor,
+    ranges: Ranges | None = None,
+    sigmoid: float | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of `attend` with respect to queries, keys and values.
+
+    Args:
+        q: [batch, heads, query, width].
+        k: [batch, kv_heads, key, width].
+        v: [batch, kv_heads, key, value].
+        dout: Derivative of the outputs, [batch, heads, query, value].
+        lse: Log-sum-exps, [batch, heads, query].
+        shared: sum of dout * out, minus the derivative of lse, [batch, heads, query].
+        scale: Factor of the dot products.
+        lo: int32 [batch or 1, query].
+        hi: int32 [batch or 1, query].
+        ranges: The stretches of keys that row blocks visit; by default all.
+        sigmoid: The bias of sigmoid weights.
+        threads: By default what torch uses.
+
+    Returns:
+        The derivatives, in the shapes and dtypes of q, k and v.
+    """
+    library = _library()
+    if library is None:
+        raise RuntimeError("the native kernel was not built for this machine: check available() first")
+    (batch, heads, queries, width), groups, keys, values = _shapes(q, k, v)
+    dtype = q.dtype
+    q, k, v, dout = (_rows(x) for x in (q, k, v, dout))
+    lse, shared = _floats(lse), _floats(shared)
+    lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
+    dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
+    call = _Back(
+        batch=batch,
+        heads=heads,
+        groups=groups,
+        queries=queries,
+        keys=keys,
+        width=width,
+        values=values,
+        threads=threads or torch.get_num_threads(),
+        q_stride=q.stride()[:3],
+        k_stride=k.stride()[:3],
+        v_stride=v.stride()[:3],
+        dout_stride=dout.stride()[:3],
+        lo_stride=_step(lo),
+        hi_stride=_step(hi),
+        ranges=_visited(ranges, batch, heads, queries),
+        sigmoid=sigmoid is not None,
+        scale=scale,
+        shift=sigmoid or 0.0,
+    )
+    pointers = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "shared": shared, "lo": lo, "hi": hi}
+    for name, tensor in (pointers | {"dq": dq, "dk": dk, "dv": dv}).items():
+        setattr(call, name, tensor.data_ptr())
+    if library.foveate_back(ctypes.byref(call)):
+        raise MemoryError(f"out of memory in derivatives of attention over {queries} queries and {keys} keys")
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _visited(ranges: Ranges | None, batch: int, heads: int, queries: int) -> _Ranges:
+    if ranges is None:
+        return _Ranges()
+    blocks = -(-queries // ranges.rows)
+    if ranges.batch not in (1, batch) or ranges.heads not in (1, heads):
+        raise ValueError(f"ranges for {ranges.batch} x {ranges.heads} heads in a call of {batch} x {heads}")
+    if len(ranges.start) != ranges.batch * ranges.heads * blocks + 1:
+        raise ValueError(f"ranges must say where each of {blocks} row blocks begins")
+    return _Ranges(
+        start=ranges.start.data_ptr(),
+        bounds=ranges.bounds.data_ptr(),
+        rows=ranges.rows,
+        batch=ranges.batch,
+        heads=ranges.heads,
+        blocks=blocks,
     )
 
 

@@ -192,7 +192,7 @@ class Call:
     def by_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether the CPU kernel can do it."""
         return (
-            False and native.available()
+            native.available()
             and q.device.type == "cpu"
             and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and max(q.shape[-1], v.shape[-1]) <= native.MAX_WIDTH

@@ -5,24 +5,7 @@
 // mass needs the final normaliser, so only then is the e of all chunks kept until the block ends.
 // Scores are held in units of log2 (the factor is folded into the queries), which makes exp one polynomial.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <thread>
-#include <vector>
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "tiles.hpp"
 
 // Mirrored field by field in native.py. Strides count elements; a null pointer means "not asked".
 struct Call {
@@ -38,7 +21,9 @@ struct Call {
     const uint8_t *tilted;                    // the rows that the tilt is for; null: all
     const int32_t *index;                     // which row of k and v each key is; null: its own number
     int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
-    double scale, softcap;                    // softcap 0: none
+    Ranges ranges;                            // which keys row blocks visit
+    int64_t sigmoid;                          // weights are sigmoids of score + shift, and nothing is normalised
+    double scale, softcap, shift;             // softcap 0: none
     float *out;                               // [batch, queries, heads, values]
     float *lse, *entropy, *distance;          // [batch, heads, queries]
     float *within_mass, *match_mass;          // [n, batch, heads, queries]
@@ -47,133 +32,6 @@ struct Call {
 };
 
 namespace {
-
-// ROWS x LANES accumulators, LANES vectors of keys and one query coordinate fill the vector registers.
-#if defined(__AVX512F__)
-constexpr int LANE = 16, LANES = 4;
-#elif defined(__AVX2__)
-constexpr int LANE = 8, LANES = 2;
-#elif defined(__aarch64__)
-constexpr int LANE = 4, LANES = 4;
-#else
-constexpr int LANE = 4, LANES = 2;
-#endif
-constexpr int ROWS = 6;
-constexpr int PANEL = LANE * LANES;   // keys (or value columns) that one register tile covers
-constexpr int CHUNK = 512;            // keys per chunk, a multiple of PANEL
-constexpr int PITCH = CHUNK + 16;     // off a power of two, so that rows do not share cache sets
-constexpr int BLOCK = 96;             // rows per block, a multiple of ROWS; half of it where all chunks are kept
-constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-
-typedef float vf __attribute__((vector_size(LANE * 4)));
-typedef int32_t vi __attribute__((vector_size(LANE * 4)));
-typedef float vfu __attribute__((vector_size(LANE * 4), aligned(4), may_alias));
-typedef int32_t viu __attribute__((vector_size(LANE * 4), aligned(4), may_alias));
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE vf load(const float *p) { return *reinterpret_cast<const vfu *>(p); }
-INLINE vi load(const int32_t *p) { return *reinterpret_cast<const viu *>(p); }
-INLINE void store(float *p, vf x) { *reinterpret_cast<vfu *>(p) = x; }
-INLINE vf splat(float x) { return x - vf{}; }
-INLINE vi splat(int32_t x) { return x - vi{}; }
-
-INLINE vi iota() {
-    vi x;
-    for (int i = 0; i < LANE; ++i) x[i] = i;
-    return x;
-}
-
-// The second operand wins when either is NaN: `larger(floor, x)` keeps NaN visible.
-INLINE vf larger(vf a, vf b) {
-#if defined(__AVX512F__)
-    return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-    return _mm256_max_ps(a, b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-INLINE vf magnitude(vf x) { return (vf)((vi)x & splat(0x7fffffff)); }
-
-INLINE vf add_where_equal(vf sum, vf x, vi a, vi b) {
-#if defined(__AVX512F__)
-    return _mm512_mask_add_ps(sum, _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b), sum, x);
-#else
-    return sum + (vf)((vi)x & (a == b));
-#endif
-}
-
-INLINE float total(vf x) {
-    float s[LANE];
-    std::memcpy(s, &x, sizeof x);
-    for (int n = LANE / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) s[i] += s[i + n];
-    return s[0];
-}
-
-INLINE float largest(vf x) {
-    float s[LANE];
-    std::memcpy(s, &x, sizeof x);
-    for (int n = LANE / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
-    return s[0];
-}
-
-// 2^x for -150 <= x <= 127, zero where the result would be subnormal. Relative error below 1.7e-7.
-INLINE vf exp2(vf x) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    vf t = x + magic;
-    vf r = x - (t - magic);
-    vf p = splat(1.326472763e-3f);
-    p = p * r + splat(9.671512646e-3f);
-    p = p * r + splat(5.550733742e-2f);
-    p = p * r + splat(2.402224209e-1f);
-    p = p * r + splat(6.931469776e-1f);
-    p = p * r + splat(1.0f);
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, t - magic);
-#else
-    vf e = (vf)((vi)p + ((vi)t << 23));
-    return (vf)((vi)e & ~(x < splat(-126.0f)));
-#endif
-}
-
-INLINE vf tanh(vf x) {
-    const vf a = magnitude(x), z = x * x;
-    // Near zero 1 - 2 / (e^2x + 1) loses all relative precision: use the odd series there.
-    vf p = splat(-5.70498872745e-3f);
-    p = p * z + splat(2.06390887954e-2f);
-    p = p * z + splat(-5.37397155531e-2f);
-    p = p * z + splat(1.33314422036e-1f);
-    p = p * z + splat(-3.33332819422e-1f);
-    const vf small = p * z * x + x;
-    vf y = a * splat(2.885390081777927f);
-    y = y < splat(60.0f) ? y : splat(60.0f);
-    vf large = 1.0f - 2.0f / (exp2(y) + 1.0f);
-    large = (vf)((vi)large | ((vi)x & splat(INT32_MIN)));
-    // NaN fails both comparisons and comes out of the series.
-    return a > splat(0.625f) ? large : small;
-}
-
-// acc[r][c] += sum over i of a[r][i] * b[i][c]; a[r][i] stands at r * row + i * step, b[i] at i * pitch.
-template <int M, int N>
-INLINE void multiply(vf (&acc)[M][N], const float *a, int64_t row, int64_t step, const float *b, int64_t pitch,
-                     int64_t n) {
-    for (int64_t i = 0; i < n; ++i, a += step, b += pitch) {
-        vf y[N];
-#pragma GCC unroll 8
-        for (int c = 0; c < N; ++c) y[c] = load(b + c * LANE);
-#pragma GCC unroll 8
-        for (int r = 0; r < M; ++r) {
-            const vf x = splat(a[r * row]);
-#pragma GCC unroll 8
-            for (int c = 0; c < N; ++c) acc[r][c] += x * y[c];
-        }
-    }
-}
 
 // What one row carries from chunk to chunk.
 struct Row {
@@ -185,10 +43,11 @@ struct Row {
     double factor;        // weight = e * factor, once all keys were seen
 };
 
-// Scores of M rows against one panel of keys; `peak` follows the largest score per row and lane.
+// Scores of M rows against one panel of keys; `peak` follows the largest score per row and lane. With CUT only keys
+// of [lo, hi) count, and of these what each row sees.
 template <int M, bool CUT, bool TILT>
 void score_tile(const float *q, const float *k, int64_t width, float *s, float *peak, float cap, const Row *rows,
-                int32_t first) {
+                int32_t first, int32_t lo, int32_t hi) {
     vf acc[M][LANES] = {};
     multiply<M, LANES>(acc, q, 1, M, k, PANEL, width);
     if (cap != 0)
@@ -206,7 +65,7 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
         for (int r = 0; r < M; ++r)
             for (int c = 0; c < LANES; ++c) {
                 const vi key = iota() + splat(first + c * LANE);
-                const vi seen = (key >= splat(rows[r].lo)) & (key < splat(rows[r].hi));
+                const vi seen = (key >= splat(std::max(lo, rows[r].lo))) & (key < splat(std::min(hi, rows[r].hi)));
                 acc[r][c] = seen ? acc[r][c] : splat(-INF);
             }
 #pragma GCC unroll 8
@@ -269,6 +128,19 @@ void weigh(float *s, int64_t n, float peak, const float *position, float here, f
     store(sum + DISTANCE * LANE, far);
 }
 
+// Turns the scores of one row into sigmoids of score + shift, in place; what it does not see becomes zero.
+void weigh_sigmoid(float *s, int64_t n, float shift, float *sum) {
+    const vf by = splat(shift), top = splat(127.0f);
+    vf mass = load(sum + MASS * LANE);
+    for (int64_t j = 0; j < n; j += LANE) {
+        const vf x = -(load(s + j) + by);
+        const vf e = 1.0f / (1.0f + exp2(x < top ? larger(splat(-150.0f), x) : top));
+        store(s + j, e);
+        mass += e;
+    }
+    store(sum + MASS * LANE, mass);
+}
+
 template <int N>
 void match_labels(const float *e, int64_t n, const int32_t *const *labels, const int32_t *wanted, float *sum) {
     vf acc[N];
@@ -306,90 +178,19 @@ float sum_ring(const float *e, int64_t n, const float *position, float here, flo
 // Adding and taking away 1.5 * 2^20 rounds to a multiple of 2^-32. Sums of such numbers are exact in a double,
 // so the column does not depend on the order in which blocks finish, and NaN still goes through.
 INLINE double quantise(double x) { return (x + 1572864.0) - 1572864.0; }
-
-#if defined(__unix__) || defined(__APPLE__)
-// Large blocks come straight from the system: the heap of a thread that ends keeps what the thread freed.
-constexpr size_t LARGE = 256 << 10;
-
-inline void *take(size_t bytes) {
-    if (bytes < LARGE) return ::operator new[](bytes, std::align_val_t(64));
-    void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    return p;
-}
-
-inline void give(void *p, size_t bytes) {
-    if (bytes < LARGE) ::operator delete[](p, std::align_val_t(64));
-    else munmap(p, bytes);
-}
-#else
-inline void *take(size_t bytes) { return ::operator new[](bytes, std::align_val_t(64)); }
-inline void give(void *p, size_t) { ::operator delete[](p, std::align_val_t(64)); }
-#endif
-
-template <class T>
-struct Buffer {
-    T *p = nullptr;
-    int64_t size = 0;
-    ~Buffer() { release(); }
-    void release() {
-        if (p) give(p, size * sizeof(T));
-        p = nullptr;
-        size = 0;
-    }
-    T *need(int64_t n) {
-        if (n > size) {
-            release();
-            p = static_cast<T *>(take(n * sizeof(T)));
-            size = n;
-        }
-        return p;
-    }
-};
-
-// Subnormals cost many cycles on some processors and carry nothing here.
-struct FlushSubnormals {
-#if defined(__x86_64__)
-    unsigned saved = _mm_getcsr();
-    FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushSubnormals() { _mm_setcsr(saved); }
-#endif
-};
-
-template <class Work>
-bool parallel(int64_t threads, int64_t count, const Work &work) {
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> good{true};
-    auto loop = [&] {
-        try {
-            FlushSubnormals flush;
-            work([&] { const int64_t i = next++; return i < count ? i : -1; });
-        } catch (...) {
-            good = false;
-        }
-    };
-    std::vector<std::thread> pool;
-    try {
-        for (int64_t i = 1; i < std::min(threads, count); ++i) pool.emplace_back(loop);
-    } catch (...) {
-        // Fewer threads than asked: the others take over their share.
-    }
-    loop();
-    for (auto &t : pool) t.join();
-    return good;
-}
-
-// Rows that share a register tile.
-struct Tile {
-    int32_t first, rows;
-    int32_t any_lo, any_hi;  // keys that some row sees
-    int32_t all_lo, all_hi;  // keys that every row sees
-};
-
+// A block of rows: (query, head) pairs of some heads of a group, heads fastest.
 struct Block {
-    int64_t batch, group, first, rows;  // rows count (query, head of the group) pairs, heads fastest
-    int32_t lo, hi;                     // keys that some row sees
+    int64_t batch, group, head, heads, first, rows;  // head: the first of them
+    int32_t lo, hi;                                  // keys that some row sees
+    const int32_t *range, *range_end;                // stretches of keys that it visits; null: all
+    int64_t piece, pieces;                           // which part of its keys this is
     int64_t cost;
+};
+
+// One part of the keys of few rows, before it is merged with the other parts.
+struct Part {
+    std::vector<float> o, peak;
+    std::vector<double> mass;
 };
 
 // `key_0` points to where key 0 would stand.
@@ -420,17 +221,23 @@ struct Job {
     Buffer<float> keys, values;
     Buffer<double> column;
     Buffer<int32_t> labels;
-    std::vector<Block> blocks;
+    std::vector<Block> blocks, split;
+    std::vector<Part> parts;
     std::unique_ptr<std::mutex[]> locks;
 
     explicit Job(const Call &call) : c(call) {}
     bool run();
     void plan();
+    void add_blocks(int64_t b, int64_t g, int64_t head, int64_t heads);
+    void add(Block t);
+    void keep(const Block &t, const Workspace &w);
+    void merge(const Block &t);
     int64_t row_of(const Block &t, int64_t j) const { return c.index ? c.index[t.batch * c.index_stride + j] : j; }
     void pack_keys(const Block &t, int64_t first, int64_t last, float *to) const;
     void pack_values(const Block &t, int64_t first, int64_t last, float *to) const;
     void prepare(const Block &t, Workspace &w) const;
     void attend(const Block &t, Workspace &w);
+    void walk(const Block &t, Workspace &w, int32_t lo, int32_t hi);
     void weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const;
     void mix_tile(const Tile &tile, Workspace &w, const float *s, const Values &v, int32_t first,
                   int32_t last) const;
@@ -438,24 +245,95 @@ struct Job {
     void add_columns(const Block &t, Workspace &w);
 };
 
+// Few rows and many keys: parts of this many keys are work of their own, whatever the count of threads.
+constexpr int64_t PIECE = 4096;
+
 void Job::plan() {
-    const int64_t rows = c.queries * share;
+    const bool per_head = c.ranges.start && c.ranges.heads > 1;
     for (int64_t b = 0; b < c.batch; ++b)
-        for (int64_t first = 0; first < rows; first += block) {
-            const int64_t n = std::min(block, rows - first);
-            int32_t lo = INT32_MAX, hi = 0;
-            for (int64_t i = first / share; i <= (first + n - 1) / share; ++i) {
-                const int32_t from = std::max(c.lo[b * c.lo_stride + i], 0);
-                const int32_t to = std::min<int64_t>(c.hi[b * c.hi_stride + i], c.keys);
-                if (from < to) lo = std::min(lo, from), hi = std::max(hi, to);
-            }
-            if (hi == 0) lo = 0;
-            for (int64_t g = 0; g < c.groups; ++g) blocks.push_back({b, g, first, n, lo, hi, (hi - lo) * n});
-        }
-    shared = rows > block;
-    in_place = rows <= 2 * ROWS && columns == padded && !c.extras && !c.index;
+        for (int64_t g = 0; g < c.groups; ++g)
+            for (int64_t h = 0; h < (per_head ? share : 1); ++h)
+                add_blocks(b, g, g * share + h, per_head ? 1 : share);
+    shared = c.queries * share > block;
+    in_place = c.queries * share <= 2 * ROWS && columns == padded && !c.extras && !c.index;
     // The largest first, so that no thread is left alone with one at the end.
     std::stable_sort(blocks.begin(), blocks.end(), [](auto &x, auto &y) { return x.cost > y.cost; });
+}
+
+void Job::add_blocks(int64_t b, int64_t g, int64_t head, int64_t heads) {
+    const int64_t most = c.ranges.start ? c.ranges.rows : std::max<int64_t>(c.queries, 1);
+    for (int64_t query = 0, row = 0; query < c.queries; query += most, ++row) {
+        const int64_t rows = std::min(most, c.queries - query) * heads;
+        // equal shares of whole tiles, where the rows of one pattern block are more than a block
+        const int64_t parts = (rows + block - 1) / block;
+        const int64_t step = c.ranges.start ? ((rows + parts - 1) / parts + ROWS - 1) / ROWS * ROWS : block;
+        for (int64_t first = 0; first < rows; first += step) {
+            Block t{b, g, head, heads, query * heads + first, std::min(step, rows - first), INT32_MAX, 0,
+                    nullptr, nullptr, 0, 1, 0};
+            for (int64_t i = t.first / heads; i <= (t.first + t.rows - 1) / heads; ++i) {
+                const int32_t from = std::max(c.lo[b * c.lo_stride + i], 0);
+                const int32_t to = std::min<int64_t>(c.hi[b * c.hi_stride + i], c.keys);
+                if (from < to) t.lo = std::min(t.lo, from), t.hi = std::max(t.hi, to);
+            }
+            if (t.hi == 0) t.lo = 0;
+            t.cost = (t.hi - t.lo) * t.rows;
+            if (c.ranges.start) {
+                c.ranges.of(b, head, row, t.range, t.range_end);
+                t.cost = 0;
+                for (const int32_t *r = t.range; r < t.range_end; r += 2)
+                    t.cost += t.rows * std::max(0, std::min(t.hi, r[1]) - std::max(t.lo, r[0]));
+            }
+            add(t);
+        }
+    }
+}
+
+// Adds a block, in parts where few rows have many keys and nothing but their outputs is asked for.
+void Job::add(Block t) {
+    const bool plain = !c.entropy && !c.distance && !c.withins && !c.matches && !c.extras && !c.column && !c.sigmoid;
+    const int64_t span = t.hi - t.lo, pieces = (span + PIECE - 1) / PIECE;
+    if (c.queries * share > block || !plain || c.ranges.start || pieces < 2) return blocks.push_back(t);
+    t.pieces = pieces;
+    t.piece = parts.size();
+    parts.resize(parts.size() + pieces);
+    split.push_back(t);
+    const int32_t lo = t.lo, hi = t.hi;
+    const int64_t step = (span + pieces - 1) / pieces + PANEL - 1;
+    for (int64_t n = 0, at = lo; n < pieces; ++n, ++t.piece) {
+        // parts begin where panels do
+        t.lo = at, t.hi = at = n + 1 < pieces ? std::min<int64_t>(hi, (at + step) / PANEL * PANEL) : hi;
+        t.cost = std::max(0, t.hi - t.lo) * t.rows;
+        blocks.push_back(t);
+    }
+}
+
+// What one part says of its rows, for `merge`.
+void Job::keep(const Block &t, const Workspace &w) {
+    Part &part = parts[t.piece];
+    part.o.assign(w.o.p, w.o.p + t.rows * padded);
+    for (int64_t r = 0; r < t.rows; ++r) {
+        part.peak.push_back(w.rows[r].peak);
+        part.mass.push_back(total(load(w.sum.p + r * sums * LANE + MASS * LANE)));
+    }
+}
+
+// The merge is associative: outputs and masses, each relative to the largest score of its part.
+void Job::merge(const Block &t) {
+    Workspace w;
+    prepare(t, w);
+    for (int64_t r = 0; r < t.rows; ++r) {
+        Row &row = w.rows[r];
+        for (int64_t n = t.piece; n < t.piece + t.pieces; ++n) row.peak = std::max(row.peak, parts[n].peak[r]);
+        double mass = 0;
+        for (int64_t n = t.piece; n < t.piece + t.pieces; ++n) {
+            if (parts[n].peak[r] == -INF) continue;
+            const double fade = std::exp2(double(parts[n].peak[r]) - row.peak);
+            mass += fade * parts[n].mass[r];
+            for (int64_t i = 0; i < padded; ++i) w.o.p[r * padded + i] += float(fade) * parts[n].o[r * padded + i];
+        }
+        w.sum.p[r * sums * LANE + MASS * LANE] = mass;
+    }
+    finish(t, w);
 }
 
 bool Job::run() {
@@ -480,7 +358,8 @@ bool Job::run() {
         const bool good = parallel(threads, c.batch * c.groups * parts, [&](auto next) {
             for (int64_t i; (i = next()) >= 0;) {
                 const int64_t pair = i / parts, first = i % parts * CHUNK, last = std::min(first + CHUNK, c.keys);
-                const Block t{pair / c.groups, pair % c.groups, 0, 0, 0, 0, 0};
+                Block t{};
+                t.batch = pair / c.groups, t.group = pair % c.groups;
                 pack_keys(t, first, last, k + (pair * keys_padded + first) * c.width);
                 pack_values(t, first, last, v + (pair * c.keys + first) * padded);
             }
@@ -491,37 +370,16 @@ bool Job::run() {
         Workspace w;
         for (int64_t i; (i = next()) >= 0;) attend(blocks[i], w);
     });
+    if (good)
+        for (const Block &t : split) merge(t);
     std::copy_n(column.p, cells, c.column);
     return good;
 }
 
-// Keys [first, last) as panels [width x PANEL], so that one vector load brings one coordinate of LANE keys. What
-// is left of the last panel stays as it is: no row sees it, so score_tile hides it.
+// Keys [first, last) as panels. What is left of the last panel stays as it is: no row sees it, so score_tile hides it.
 void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) const {
-    const int64_t step = c.k_stride[2];
     const float *k = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1];
-    for (int64_t p = first; p < last; p += PANEL, to += PANEL * c.width) {
-        const int64_t n = std::min<int64_t>(PANEL, last - p);
-        for (int64_t j = 0; j < n; j += 4) {
-            const float *key[4];
-            for (int64_t i = 0; i < 4; ++i) key[i] = k + row_of(t, std::min(p + j + i, last - 1)) * step;
-            int64_t d = 0;
-#if defined(__x86_64__)
-            for (; j + 4 <= n && d + 4 <= c.width; d += 4) {
-                __m128 x0 = _mm_loadu_ps(key[0] + d), x1 = _mm_loadu_ps(key[1] + d);
-                __m128 x2 = _mm_loadu_ps(key[2] + d), x3 = _mm_loadu_ps(key[3] + d);
-                _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-                float *at = to + d * PANEL + j;
-                _mm_storeu_ps(at, x0);
-                _mm_storeu_ps(at + PANEL, x1);
-                _mm_storeu_ps(at + 2 * PANEL, x2);
-                _mm_storeu_ps(at + 3 * PANEL, x3);
-            }
-#endif
-            for (; d < c.width; ++d)
-                for (int64_t i = 0; i < std::min<int64_t>(4, n - j); ++i) to[d * PANEL + j + i] = key[i][d];
-        }
-    }
+    pack_panels([&](int64_t j) { return k + row_of(t, j) * c.k_stride[2]; }, first, last, c.width, to);
 }
 
 // Values and extra columns side by side, [keys x padded].
@@ -541,7 +399,7 @@ void Job::prepare(const Block &t, Workspace &w) const {
     w.rows.clear();
     w.tiles.clear();
     for (int64_t r = 0; r < t.rows; ++r) {
-        const int64_t i = (t.first + r) / share, head = t.group * share + (t.first + r) % share;
+        const int64_t i = (t.first + r) / t.heads, head = t.head + (t.first + r) % t.heads;
         Row row{std::max(c.lo[t.batch * c.lo_stride + i], 0),
                 int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head, nullptr,
                 query_position[i] - base, -INF, 0};
@@ -595,9 +453,19 @@ void Job::prepare(const Block &t, Workspace &w) const {
 
 void Job::attend(const Block &t, Workspace &w) {
     prepare(t, w);
-    const int64_t origin = t.lo / PANEL * PANEL, pair = t.batch * c.groups + t.group;
-    for (int64_t first = origin, chunk = 0; first < t.hi; first += CHUNK, ++chunk) {
-        const int64_t last = std::min<int64_t>(first + CHUNK, t.hi);
+    const int32_t whole[] = {t.lo, t.hi}, *range = whole, *end = whole + 2;
+    if (c.ranges.start) range = t.range, end = t.range_end;
+    for (; range < end; range += 2) walk(t, w, std::max(t.lo, range[0]), std::min(t.hi, range[1]));
+    if (t.pieces > 1) return keep(t, w);
+    finish(t, w);
+    if (c.column) add_columns(t, w);
+}
+
+// Goes over the keys [lo, hi).
+void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
+    const int64_t pair = t.batch * c.groups + t.group;
+    for (int64_t first = lo / PANEL * PANEL, chunk = 0; first < hi; first += CHUNK, ++chunk) {
+        const int64_t last = std::min<int64_t>(first + CHUNK, hi), begin = std::max<int64_t>(first, lo);
         const float *k = keys.p + (pair * keys_padded + first) * c.width;
         Values v{values.p + pair * c.keys * padded, padded};
         if (!shared) {
@@ -615,11 +483,11 @@ void Job::attend(const Block &t, Workspace &w) {
         for (int64_t p = first; p < last; p += PANEL, k += PANEL * c.width)
             for (const Tile &tile : w.tiles) {
                 if (tile.any_hi <= p || tile.any_lo >= p + PANEL) continue;
-                const bool cut = tile.all_lo > p || tile.all_hi < p + PANEL;
+                const bool cut = std::max(tile.all_lo, lo) > p || std::min(tile.all_hi, hi) < p + PANEL;
                 (c.tilt ? (cut ? SCORE<true, true> : SCORE<false, true>)
                         : (cut ? SCORE<true, false> : SCORE<false, false>))[tile.rows - 1](
                     w.q.p + tile.first * c.width, k, c.width, s + tile.first * PITCH + (p - first),
-                    w.peak.p + tile.first * LANE, cap, &w.rows[tile.first], p);
+                    w.peak.p + tile.first * LANE, cap, &w.rows[tile.first], p, lo, hi);
             }
         for (const Tile &tile : w.tiles) {
             // Whole panels: what lies outside of a row's interval holds zero weight after weigh_row.
@@ -630,17 +498,16 @@ void Job::attend(const Block &t, Workspace &w) {
                 weigh_row(t, w, r, s + r * PITCH - first, from, from + (to - from + PANEL - 1) / PANEL * PANEL);
                 w.chunk_peak.p[chunk * (c.column ? t.rows : 0) + r] = w.rows[r].peak;
             }
-            if (padded) mix_tile(tile, w, s - first, v, first, last);
+            if (padded) mix_tile(tile, w, s - first, v, begin, last);
         }
     }
-    finish(t, w);
-    if (c.column) add_columns(t, w);
 }
 
 // `s` points to where key 0 would stand; [from, to) are whole panels.
 void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const {
     Row &row = w.rows[r];
     float *sum = w.sum.p + r * sums * LANE, *near = w.near.p + r * c.withins, *o = w.o.p + r * padded;
+    if (c.sigmoid) return weigh_sigmoid(s + from, to - from, c.shift * LOG2E, sum);
     const float peak = std::max(row.peak, largest(load(w.peak.p + r * LANE)));
     if (peak > row.peak && row.peak > -INF) {
         const float fade = std::exp2(row.peak - peak);
@@ -716,8 +583,9 @@ void Job::finish(const Block &t, Workspace &w) const {
         const double sink = c.sinks ? c.sinks[row.head] * LOG2E : -INF;
         const double top = std::max<double>(row.peak, sink);
         const bool empty = row.lo >= row.hi || mass == 0;
-        double lse = -INF;
-        if (!empty) {
+        double lse = c.sigmoid ? 0 : -INF;
+        if (c.sigmoid) row.factor = 1;
+        else if (!empty) {
             const double norm = mass * std::exp2(row.peak - top) + std::exp2(sink - top);
             lse = top + std::log2(norm);
             row.factor = std::exp2(row.peak - top) / norm;
@@ -775,8 +643,6 @@ void Job::add_columns(const Block &t, Workspace &w) {
 }
 
 }  // namespace
-
-#define API extern "C" __attribute__((visibility("default")))
 
 // native.py compares this with its own mirror, so that a stale build is refused.
 API int64_t foveate_call_size() { return sizeof(Call); }

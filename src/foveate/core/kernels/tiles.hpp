@@ -1,0 +1,273 @@
+// What the kernels are made of: vectors, 2^x, register tiles, panels of keys, memory and threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// ROWS x LANES accumulators, LANES vectors of keys and one query coordinate fill the vector registers.
+#if defined(__AVX512F__)
+constexpr int LANE = 16, LANES = 4;
+#elif defined(__AVX2__)
+constexpr int LANE = 8, LANES = 2;
+#elif defined(__aarch64__)
+constexpr int LANE = 4, LANES = 4;
+#else
+constexpr int LANE = 4, LANES = 2;
+#endif
+constexpr int ROWS = 6;
+constexpr int PANEL = LANE * LANES;   // keys (or value columns) that one register tile covers
+constexpr int CHUNK = 512;            // keys per chunk, a multiple of PANEL
+constexpr int PITCH = CHUNK + 16;     // off a power of two, so that rows do not share cache sets
+constexpr int BLOCK = 96;             // rows per block, a multiple of ROWS; half of it where all chunks are kept
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+typedef float vf __attribute__((vector_size(LANE * 4)));
+typedef int32_t vi __attribute__((vector_size(LANE * 4)));
+typedef float vfu __attribute__((vector_size(LANE * 4), aligned(4), may_alias));
+typedef int32_t viu __attribute__((vector_size(LANE * 4), aligned(4), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE vf load(const float *p) { return *reinterpret_cast<const vfu *>(p); }
+INLINE vi load(const int32_t *p) { return *reinterpret_cast<const viu *>(p); }
+INLINE void store(float *p, vf x) { *reinterpret_cast<vfu *>(p) = x; }
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi splat(int32_t x) { return x - vi{}; }
+
+INLINE vi iota() {
+    vi x;
+    for (int i = 0; i < LANE; ++i) x[i] = i;
+    return x;
+}
+
+// The second operand wins when either is NaN: `larger(floor, x)` keeps NaN visible.
+INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+INLINE vf magnitude(vf x) { return (vf)((vi)x & splat(0x7fffffff)); }
+
+INLINE vf add_where_equal(vf sum, vf x, vi a, vi b) {
+#if defined(__AVX512F__)
+    return _mm512_mask_add_ps(sum, _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b), sum, x);
+#else
+    return sum + (vf)((vi)x & (a == b));
+#endif
+}
+
+INLINE float total(vf x) {
+    float s[LANE];
+    std::memcpy(s, &x, sizeof x);
+    for (int n = LANE / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) s[i] += s[i + n];
+    return s[0];
+}
+
+INLINE float largest(vf x) {
+    float s[LANE];
+    std::memcpy(s, &x, sizeof x);
+    for (int n = LANE / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
+    return s[0];
+}
+
+// 2^x for -150 <= x <= 127, zero where the result would be subnormal. Relative error below 1.7e-7.
+INLINE vf exp2(vf x) {
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf t = x + magic;
+    vf r = x - (t - magic);
+    vf p = splat(1.326472763e-3f);
+    p = p * r + splat(9.671512646e-3f);
+    p = p * r + splat(5.550733742e-2f);
+    p = p * r + splat(2.402224209e-1f);
+    p = p * r + splat(6.931469776e-1f);
+    p = p * r + splat(1.0f);
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, t - magic);
+#else
+    vf e = (vf)((vi)p + ((vi)t << 23));
+    return (vf)((vi)e & ~(x < splat(-126.0f)));
+#endif
+}
+
+INLINE vf tanh(vf x) {
+    const vf a = magnitude(x), z = x * x;
+    // Near zero 1 - 2 / (e^2x + 1) loses all relative precision: use the odd series there.
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + splat(2.06390887954e-2f);
+    p = p * z + splat(-5.37397155531e-2f);
+    p = p * z + splat(1.33314422036e-1f);
+    p = p * z + splat(-3.33332819422e-1f);
+    const vf small = p * z * x + x;
+    vf y = a * splat(2.885390081777927f);
+    y = y < splat(60.0f) ? y : splat(60.0f);
+    vf large = 1.0f - 2.0f / (exp2(y) + 1.0f);
+    large = (vf)((vi)large | ((vi)x & splat(INT32_MIN)));
+    // NaN fails both comparisons and comes out of the series.
+    return a > splat(0.625f) ? large : small;
+}
+
+// acc[r][c] += sum over i of a[r][i] * b[i][c]; a[r][i] stands at r * row + i * step, b[i] at i * pitch.
+template <int M, int N>
+INLINE void multiply(vf (&acc)[M][N], const float *a, int64_t row, int64_t step, const float *b, int64_t pitch,
+                     int64_t n) {
+    for (int64_t i = 0; i < n; ++i, a += step, b += pitch) {
+        vf y[N];
+#pragma GCC unroll 8
+        for (int c = 0; c < N; ++c) y[c] = load(b + c * LANE);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; ++r) {
+            const vf x = splat(a[r * row]);
+#pragma GCC unroll 8
+            for (int c = 0; c < N; ++c) acc[r][c] += x * y[c];
+        }
+    }
+}
+
+#if defined(__unix__) || defined(__APPLE__)
+// Large blocks come straight from the system: the heap of a thread that ends keeps what the thread freed.
+constexpr size_t LARGE = 256 << 10;
+
+inline void *take(size_t bytes) {
+    if (bytes < LARGE) return ::operator new[](bytes, std::align_val_t(64));
+    void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return p;
+}
+
+inline void give(void *p, size_t bytes) {
+    if (bytes < LARGE) ::operator delete[](p, std::align_val_t(64));
+    else munmap(p, bytes);
+}
+#else
+inline void *take(size_t bytes) { return ::operator new[](bytes, std::align_val_t(64)); }
+inline void give(void *p, size_t) { ::operator delete[](p, std::align_val_t(64)); }
+#endif
+
+template <class T>
+struct Buffer {
+    T *p = nullptr;
+    int64_t size = 0;
+    ~Buffer() { release(); }
+    void release() {
+        if (p) give(p, size * sizeof(T));
+        p = nullptr;
+        size = 0;
+    }
+    T *need(int64_t n) {
+        if (n > size) {
+            release();
+            p = static_cast<T *>(take(n * sizeof(T)));
+            size = n;
+        }
+        return p;
+    }
+};
+
+// Subnormals cost many cycles on some processors and carry nothing here.
+struct FlushSubnormals {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+    FlushSubnormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
+#endif
+};
+
+template <class Work>
+bool parallel(int64_t threads, int64_t count, const Work &work) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> good{true};
+    auto loop = [&] {
+        try {
+            FlushSubnormals flush;
+            work([&] { const int64_t i = next++; return i < count ? i : -1; });
+        } catch (...) {
+            good = false;
+        }
+    };
+    std::vector<std::thread> pool;
+    try {
+        for (int64_t i = 1; i < std::min(threads, count); ++i) pool.emplace_back(loop);
+    } catch (...) {
+        // Fewer threads than asked: the others take over their share.
+    }
+    loop();
+    for (auto &t : pool) t.join();
+    return good;
+}
+
+// Rows of a matrix as panels [width x PANEL], so that one vector load brings one coordinate of LANE rows. `row(j)`
+// points to row j; what is left of the last panel stays as it is.
+template <class At>
+void pack_panels(const At &row, int64_t first, int64_t last, int64_t width, float *to) {
+    for (int64_t p = first; p < last; p += PANEL, to += PANEL * width) {
+        const int64_t n = std::min<int64_t>(PANEL, last - p);
+        for (int64_t j = 0; j < n; j += 4) {
+            const float *from[4];
+            for (int64_t i = 0; i < 4; ++i) from[i] = row(std::min(p + j + i, last - 1));
+            int64_t d = 0;
+#if defined(__x86_64__)
+            for (; j + 4 <= n && d + 4 <= width; d += 4) {
+                __m128 x0 = _mm_loadu_ps(from[0] + d), x1 = _mm_loadu_ps(from[1] + d);
+                __m128 x2 = _mm_loadu_ps(from[2] + d), x3 = _mm_loadu_ps(from[3] + d);
+                _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+                float *at = to + d * PANEL + j;
+                _mm_storeu_ps(at, x0);
+                _mm_storeu_ps(at + PANEL, x1);
+                _mm_storeu_ps(at + 2 * PANEL, x2);
+                _mm_storeu_ps(at + 3 * PANEL, x3);
+            }
+#endif
+            for (; d < width; ++d)
+                for (int64_t i = 0; i < std::min<int64_t>(4, n - j); ++i) to[d * PANEL + j + i] = from[i][d];
+        }
+    }
+}
+
+// Rows that share a register tile.
+struct Tile {
+    int32_t first, rows;
+    int32_t any_lo, any_hi;  // keys that some row sees
+    int32_t all_lo, all_hi;  // keys that every row sees
+};
+
+// Stretches of adjacent keys that row blocks visit, as [first, one past the last) pairs; mirrored in native.py.
+struct Ranges {
+    const int64_t *start;  // where the stretches of each (batch, head, row block) begin; null: all keys are visited
+    const int32_t *bounds;
+    int64_t rows, batch, heads, blocks;  // rows per row block; 1 where all entries or heads have the same
+
+    void of(int64_t b, int64_t head, int64_t block, const int32_t *&first, const int32_t *&last) const {
+        const int64_t at = ((batch > 1 ? b : 0) * heads + (heads > 1 ? head : 0)) * blocks + block;
+        first = bounds + 2 * start[at], last = bounds + 2 * start[at + 1];
+    }
+};
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
