@@ -52,6 +52,7 @@ class _Call(ctypes.Structure):
         *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride index_stride", c_int64),
         ("ranges", _Ranges),
         ("sigmoid", c_int64),
+        ("piece", c_int64),
         *_fields("scale softcap shift", c_double),
         *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
     )
@@ -147,6 +148,7 @@ def attend(
     want_column: bool = False,
     ranges: Ranges | None = None,
     sigmoid: float | None = None,
+    piece: int = 4096,
     threads: int | None = None,
 ) -> NativeResult:
     """Softmax attention over intervals of keys, with statistics of its weights.
@@ -180,6 +182,8 @@ def attend(
         want_column: Ask for the mass that each key receives, summed over the queries.
         ranges: The stretches of keys that row blocks visit; by default all. Outputs and log-sum-exp only.
         sigmoid: The bias b of weights sigmoid(score + b), which nothing normalises: log-sum-exps are 0. Outputs only.
+        piece: Keys per part where few rows have more of them and only outputs and log-sum-exps are asked for; the
+            parts are work of their own.
         threads: By default what torch uses.
     """
     library = _library()
@@ -227,6 +231,8 @@ def attend(
         ):
             raise ValueError(f"tilted must be bool [{batch} or 1, {queries}], got {tuple(tilted.shape)}")
         tilted = tilted.contiguous()
+    if piece < 1:
+        raise ValueError(f"piece must be at least 1, got {piece}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
@@ -282,6 +288,7 @@ def attend(
         ranges=_visited(ranges, batch, heads, queries),
         sigmoid=sigmoid is not None,
         shift=sigmoid or 0.0,
+        piece=piece,
     )
     pointers = {
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},

@@ -23,17 +23,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from foveate.core import native
-from foveate.core.errors import BadInput
+from foveate.core.errors import BadInput, NotSupported
 
 if TYPE_CHECKING:
     from foveate.core.mechanism import Visits
     from foveate.core.reductions import Reduction
     from foveate.core.rows import View
 
-__all__ = ["Ranges", "Tiles", "attend", "refuses"]
+__all__ = ["PIECE", "Ranges", "Tiles", "attend", "by_kernel", "covered", "refuses"]
 
 # row and key blocks of a dense call
 ROWS, KEYS = 64, 256
+# keys per part where few rows have many keys
+PIECE = 4096
 # bytes of scores that one batch of tiles makes: more do not stay in the cache
 STEP_BYTES = 4 << 20
 
@@ -52,7 +54,7 @@ def refuses(view: View, reductions: Sequence[Reduction] = ()) -> str:
 
 
 def attend(
-    view: View, visits: Visits | None = None, *, sigmoid: float | None = None
+    view: View, visits: Visits | None = None, *, sigmoid: float | None = None, piece: int = PIECE
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
     """Attention of one call over the key blocks that each row block visits; differentiable, twice not.
 
@@ -60,6 +62,7 @@ def attend(
         view: The attention call, without bias, tilt and dropout.
         visits: Which key blocks are visited; None: all that the mask lets through.
         sigmoid: The bias of sigmoid attention, -ln N in the paper; None: softmax.
+        piece: Keys per part, by which the CPU kernel divides a few rows over many keys among the cores.
 
     Returns:
         Head outputs in the dtype of the queries, and the log-sum-exp of each row, -inf for a row that sees nothing (for
@@ -67,15 +70,13 @@ def attend(
 
     Raises:
         NotSupported: the call has something that is not in the tiles, see `refuses`.
-        BadInput: a pattern that does not cover the call.
+        BadInput: sigmoid attention with a learned sink.
     """
     if reason := refuses(view):
-        from foveate.core.errors import NotSupported
-
         raise NotSupported(f"tiled attention: {reason}")
     if sigmoid is not None and view.sinks is not None:
         raise BadInput("sigmoid attention has no normaliser that a learned sink could stand in")
-    call = Call(Tiles.of(view, visits), view.scale, view.softcap, sigmoid)
+    call = Call(Tiles.of(view, visits), view.scale, view.softcap, sigmoid, piece)
     out, lse = Exact.apply(view.q, view.k, view.v, call)
     if view.sinks is not None:
         # a row that sees nothing has nothing to weigh its sink against
@@ -87,6 +88,42 @@ def attend(
 
 
 # ---------------------------------------------------------------- what is visited
+
+
+def covered(view: View, visits: Visits) -> Visits:
+    """The visits, if they have a place for every block and leave no row with nothing to look at.
+
+    Raises:
+        BadInput: they do not; names the first such row, where there is one.
+    """
+    want = (-(-view.queries // visits.rows), -(-view.keys // visits.keys))
+    got = tuple(visits.table.shape[-2:])
+    if got != want:
+        raise BadInput(
+            f"a pattern of {got[0]} x {got[1]} blocks for {view.queries} rows and {view.keys} keys in blocks of "
+            f"{visits.rows} x {visits.keys}: it must have {want[0]} x {want[1]}"
+        )
+    if not view.queries or not view.keys:
+        return visits
+    low, high = view.mask.low[:, None].long(), view.mask.high[:, None].long()
+    row = torch.arange(view.queries, device=low.device) // visits.rows
+    before = torch.nn.functional.pad(visits.table.long().cumsum(-1), (1, 0))
+    size = (max(len(before), len(low)), before.shape[1], view.queries)
+
+    def visited(edge: Tensor) -> Tensor:
+        return before[:, :, row].expand(*size, -1).gather(-1, edge.expand(size)[..., None])[..., 0]
+
+    first, behind = low // visits.keys, (high + visits.keys - 1) // visits.keys
+    nothing = (high > low) & (visited(behind) == visited(torch.minimum(first, behind)))
+    if bool(nothing.any()):
+        entry, head, i = nothing.nonzero()[0].tolist()
+        a, b = (int(t.expand(size)[entry, head, i]) for t in (low, high))
+        which = f"head {head}" if size[1] > 1 else "every head"
+        raise BadInput(
+            f"the pattern visits none of the keys {a} to {b - 1} that row {i} of batch entry {entry} may see, in "
+            f"{which} of {view.layer.name}: let each row visit at least one block that the mask leaves it"
+        )
+    return visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +170,8 @@ class Tiles:
         """The tiles of a call; blocks that the mask hides from all their rows are not visited."""
         mask = view.mask
         if visits is None:
-            return cls(None, mask.low, mask.high, ROWS, min(KEYS, max(1, view.keys)), view.keys)
-        want = (-(-view.queries // visits.rows), -(-view.keys // visits.keys))
-        got = tuple(visits.table.shape[-2:])
-        if got != want:
-            raise BadInput(
-                f"a pattern of {got[0]} x {got[1]} blocks for {view.queries} rows and {view.keys} keys in blocks of "
-                f"{visits.rows} x {visits.keys}: it must have {want[0]} x {want[1]}"
-            )
+            rows, keys = (min(most, max(1, n)) for most, n in ((ROWS, view.queries), (KEYS, view.keys)))
+            return cls(None, mask.low, mask.high, rows, keys, view.keys)
         return cls(visits.table, mask.low, mask.high, visits.rows, visits.keys, view.keys)
 
     @cached_property
@@ -182,21 +213,24 @@ class Call:
         scale: Factor of the dot products.
         softcap: c of c tanh(s / c), or None.
         sigmoid: Bias of sigmoid attention, or None.
+        piece: Keys per part of few rows.
     """
 
     tiles: Tiles
     scale: float
     softcap: float | None
     sigmoid: float | None
+    piece: int
 
-    def by_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether the CPU kernel can do it."""
-        return (
-            native.available()
-            and q.device.type == "cpu"
-            and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and max(q.shape[-1], v.shape[-1]) <= native.MAX_WIDTH
-        )
+
+def by_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether the CPU kernel can do it."""
+    return (
+        native.available()
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and max(q.shape[-1], v.shape[-1]) <= native.MAX_WIDTH
+    )
 
 
 class Exact(torch.autograd.Function):
@@ -204,7 +238,7 @@ class Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        out, lse = (by_kernel if call.by_kernel(q, k, v) else by_batches)(q, k, v, call)
+        out, lse = (kernel if by_kernel(q, v) else batched)(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         return out, lse
@@ -216,11 +250,11 @@ class Exact(torch.autograd.Function):
         call: Call = ctx.call
         # what all weights of a row have in common
         shared = (dout.to(lse) * out.to(lse)).sum(-1) - dlse
-        way = kernel_back if call.by_kernel(q, k, v) and call.softcap is None else batches_back
+        way = kernel_back if by_kernel(q, v) and call.softcap is None else batched_back
         return *way((q, k, v, dout), lse, shared, call), None
 
 
-def by_kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The forward pass by the CPU kernel."""
     tiles = call.tiles
     at = torch.zeros(1, max(tiles.low.shape[1], tiles.count), dtype=torch.int32)
@@ -236,6 +270,7 @@ def by_kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tens
         softcap=call.softcap,
         ranges=tiles.ranges,
         sigmoid=call.sigmoid,
+        piece=call.piece,
     )
     return found.out, found.lse
 
@@ -334,7 +369,7 @@ def scores(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return call.softcap * bent, 1 - bent.square()
 
 
-def by_batches(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def batched(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The forward pass in PyTorch."""
     tiles, kind = call.tiles, working(q)
     rows = blocked(q.to(kind), tiles.rows)
@@ -370,7 +405,7 @@ def by_batches(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Ten
     return out.to(q.dtype), lse.reshape(batch, heads, -1)[:, :, :queries].contiguous()
 
 
-def batches_back(
+def batched_back(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, shared: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass in PyTorch."""

@@ -23,6 +23,7 @@ struct Call {
     int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
     Ranges ranges;                            // which keys row blocks visit
     int64_t sigmoid;                          // weights are sigmoids of score + shift, and nothing is normalised
+    int64_t piece;                            // keys per part where few rows have many
     double scale, softcap, shift;             // softcap 0: none
     float *out;                               // [batch, queries, heads, values]
     float *lse, *entropy, *distance;          // [batch, heads, queries]
@@ -43,13 +44,11 @@ struct Row {
     double factor;        // weight = e * factor, once all keys were seen
 };
 
-// Scores of M rows against one panel of keys; `peak` follows the largest score per row and lane. With CUT only keys
-// of [lo, hi) count, and of these what each row sees.
+// What scores become: capped, tilted, cut to the keys of [lo, hi) that each row sees. `peak` follows the largest score
+// per row and lane.
 template <int M, bool CUT, bool TILT>
-void score_tile(const float *q, const float *k, int64_t width, float *s, float *peak, float cap, const Row *rows,
-                int32_t first, int32_t lo, int32_t hi) {
-    vf acc[M][LANES] = {};
-    multiply<M, LANES>(acc, q, 1, M, k, PANEL, width);
+INLINE void settle_tile(vf (&acc)[M][LANES], float *s, float *peak, float cap, const Row *rows, int32_t first,
+                        int32_t lo, int32_t hi) {
     if (cap != 0)
         for (int r = 0; r < M; ++r)
             for (int c = 0; c < LANES; ++c) acc[r][c] = tanh(acc[r][c]) * cap;
@@ -80,6 +79,39 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
     }
 }
 
+// Scores of M rows against one panel of keys.
+template <int M, bool CUT, bool TILT>
+void score_tile(const float *q, const float *k, int64_t width, float *s, float *peak, float cap, const Row *rows,
+                int32_t first, int32_t lo, int32_t hi) {
+    vf acc[M][LANES] = {};
+    multiply<M, LANES>(acc, q, 1, M, k, PANEL, width);
+    settle_tile<M, CUT, TILT>(acc, s, peak, cap, rows, first, lo, hi);
+}
+
+// The same for few rows, one at a time, with keys that are read where they stand: each is read once, and packing them
+// would take longer than all the rest. `key` points to the keys of the panel; rows of q are filled up with zeros.
+template <bool CUT, bool TILT>
+void score_row(const float *q, const float *const *key, int64_t width, float *s, float *peak, float cap,
+               const Row *rows, int32_t first, int32_t lo, int32_t hi) {
+    vf acc[1][LANES], part[LANE];
+    const int64_t whole = width / LANE * LANE;
+    for (int c = 0; c < LANES; ++c) {
+        for (int i = 0; i < LANE; ++i) {
+            const float *k = key[c * LANE + i];
+            vf sum{};
+            for (int64_t d = 0; d < whole; d += LANE) sum += load(q + d) * load(k + d);
+            if (whole < width) {
+                float rest[LANE] = {};
+                std::copy(k + whole, k + width, rest);
+                sum += load(q + whole) * load(rest);
+            }
+            part[i] = sum;
+        }
+        acc[0][c] = totals<LANE>(part);
+    }
+    settle_tile<1, CUT, TILT>(acc, s, peak, cap, rows, first, lo, hi);
+}
+
 template <int M, int N>
 void value_tile(const float *e, const float *v, int64_t v_pitch, int64_t n, float *o, int64_t o_pitch) {
     vf acc[M][N];
@@ -106,6 +138,14 @@ constexpr const decltype(&value_tile<1, 1>) *VALUE[] = {VALUE_ROWS<1>, VALUE_ROW
                                                         VALUE_ROWS<3>, VALUE_ROWS<4>
 #endif
 };
+
+// One row takes more columns at once: values are then read in the order in which they stand.
+constexpr int COLUMNS = 64;
+template <size_t... N>
+constexpr std::array<decltype(&value_tile<1, 1>), sizeof...(N)> single_rows(std::index_sequence<N...>) {
+    return {value_tile<1, N + 1>...};
+}
+constexpr auto VALUE_ROW = single_rows(std::make_index_sequence<COLUMNS / LANE>());
 
 enum Sum { MASS, SURPRISE, DISTANCE, MATCH };  // vector accumulators of a row, one per match from MATCH on
 
@@ -217,7 +257,8 @@ struct Job {
     const float cap = c.softcap * LOG2E;
     const int64_t block = c.column ? BLOCK / 2 : BLOCK;
     bool shared = false;    // keys and values are packed once for all blocks
-    bool in_place = false;  // values are read once or twice and need no packing
+    bool few = false;       // keys are read where they stand
+    bool in_place = false;  // and so are values
     Buffer<float> keys, values;
     Buffer<double> column;
     Buffer<int32_t> labels;
@@ -245,9 +286,6 @@ struct Job {
     void add_columns(const Block &t, Workspace &w);
 };
 
-// Few rows and many keys: parts of this many keys are work of their own, whatever the count of threads.
-constexpr int64_t PIECE = 4096;
-
 void Job::plan() {
     const bool per_head = c.ranges.start && c.ranges.heads > 1;
     for (int64_t b = 0; b < c.batch; ++b)
@@ -255,7 +293,8 @@ void Job::plan() {
             for (int64_t h = 0; h < (per_head ? share : 1); ++h)
                 add_blocks(b, g, g * share + h, per_head ? 1 : share);
     shared = c.queries * share > block;
-    in_place = c.queries * share <= 2 * ROWS && columns == padded && !c.extras && !c.index;
+    few = c.queries * share <= 2 * ROWS;
+    in_place = few && columns == padded && !c.extras && !c.index;
     // The largest first, so that no thread is left alone with one at the end.
     std::stable_sort(blocks.begin(), blocks.end(), [](auto &x, auto &y) { return x.cost > y.cost; });
 }
@@ -288,10 +327,11 @@ void Job::add_blocks(int64_t b, int64_t g, int64_t head, int64_t heads) {
     }
 }
 
-// Adds a block, in parts where few rows have many keys and nothing but their outputs is asked for.
+// Adds a block, in parts where few rows have many keys and nothing but their outputs is asked for. The parts do not
+// depend on the count of threads.
 void Job::add(Block t) {
     const bool plain = !c.entropy && !c.distance && !c.withins && !c.matches && !c.extras && !c.column && !c.sigmoid;
-    const int64_t span = t.hi - t.lo, pieces = (span + PIECE - 1) / PIECE;
+    const int64_t span = t.hi - t.lo, pieces = (span + c.piece - 1) / c.piece;
     if (c.queries * share > block || !plain || c.ranges.start || pieces < 2) return blocks.push_back(t);
     t.pieces = pieces;
     t.piece = parts.size();
@@ -419,12 +459,15 @@ void Job::prepare(const Block &t, Workspace &w) const {
     }
 
     const float scale = c.softcap ? c.scale / c.softcap : c.scale * LOG2E;
-    float *q = w.q.need(t.rows * c.width);
+    const int64_t wide = (c.width + LANE - 1) / LANE * LANE;
+    float *q = w.q.need(t.rows * wide);
+    if (few) std::fill_n(q, t.rows * wide, 0.0f);
     for (const Tile &tile : w.tiles)
         for (int64_t r = 0; r < tile.rows; ++r) {
             const Row &row = w.rows[tile.first + r];
             const float *from = c.q + t.batch * c.q_stride[0] + row.head * c.q_stride[1] + row.query * c.q_stride[2];
-            for (int64_t d = 0; d < c.width; ++d) q[tile.first * c.width + d * tile.rows + r] = from[d] * scale;
+            float *to = few ? q + (tile.first + r) * wide : q + tile.first * c.width + r;
+            for (int64_t d = 0; d < c.width; ++d, to += few ? 1 : tile.rows) *to = from[d] * scale;
         }
 
     const int64_t span = (t.hi - origin + CHUNK - 1) / CHUNK * CHUNK;
@@ -463,13 +506,13 @@ void Job::attend(const Block &t, Workspace &w) {
 
 // Goes over the keys [lo, hi).
 void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
-    const int64_t pair = t.batch * c.groups + t.group;
+    const int64_t pair = t.batch * c.groups + t.group, wide = (c.width + LANE - 1) / LANE * LANE;
     for (int64_t first = lo / PANEL * PANEL, chunk = 0; first < hi; first += CHUNK, ++chunk) {
         const int64_t last = std::min<int64_t>(first + CHUNK, hi), begin = std::max<int64_t>(first, lo);
         const float *k = keys.p + (pair * keys_padded + first) * c.width;
         Values v{values.p + pair * c.keys * padded, padded};
         if (!shared) {
-            pack_keys(t, first, last, w.k.p);
+            if (!few) pack_keys(t, first, last, w.k.p);
             k = w.k.p;
             if (in_place) {
                 v = {c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1], c.v_stride[2]};
@@ -480,15 +523,25 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
         }
         float *s = w.s.p + (c.column ? chunk * t.rows * PITCH : 0);
         std::fill_n(w.peak.p, t.rows * LANE, -INF);
-        for (int64_t p = first; p < last; p += PANEL, k += PANEL * c.width)
+        for (int64_t p = first; p < last; p += PANEL, k += PANEL * c.width) {
+            const float *key[PANEL];
+            const float *k_0 = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1];
+            for (int64_t j = 0; few && j < PANEL; ++j) key[j] = k_0 + row_of(t, std::min(p + j, last - 1)) * c.k_stride[2];
             for (const Tile &tile : w.tiles) {
                 if (tile.any_hi <= p || tile.any_lo >= p + PANEL) continue;
                 const bool cut = std::max(tile.all_lo, lo) > p || std::min(tile.all_hi, hi) < p + PANEL;
+                for (int64_t r = tile.first; few && r < tile.first + tile.rows; ++r)
+                    (c.tilt ? (cut ? score_row<true, true> : score_row<false, true>)
+                            : (cut ? score_row<true, false> : score_row<false, false>))(
+                        w.q.p + r * wide, key, c.width, s + r * PITCH + (p - first), w.peak.p + r * LANE, cap,
+                        &w.rows[r], p, lo, hi);
+                if (few) continue;
                 (c.tilt ? (cut ? SCORE<true, true> : SCORE<false, true>)
                         : (cut ? SCORE<true, false> : SCORE<false, false>))[tile.rows - 1](
                     w.q.p + tile.first * c.width, k, c.width, s + tile.first * PITCH + (p - first),
                     w.peak.p + tile.first * LANE, cap, &w.rows[tile.first], p, lo, hi);
             }
+        }
         for (const Tile &tile : w.tiles) {
             // Whole panels: what lies outside of a row's interval holds zero weight after weigh_row.
             const int64_t from = std::max<int64_t>(first, tile.any_lo / PANEL * PANEL);
@@ -556,9 +609,10 @@ void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t f
 void Job::mix_tile(const Tile &tile, Workspace &w, const float *s, const Values &v, int32_t first,
                    int32_t last) const {
     const auto mix = [&](int64_t r, int64_t rows, int64_t from, int64_t to) {
-        for (int64_t p = 0; p < padded && from < to; p += PANEL) {
-            const int64_t n = std::min<int64_t>(PANEL, padded - p);
-            VALUE[n / LANE - 1][rows - 1](s + r * PITCH + from, v.key_0 + from * v.pitch + p, v.pitch, to - from,
+        const int64_t wide = rows == 1 ? COLUMNS : PANEL;
+        for (int64_t p = 0; p < padded && from < to; p += wide) {
+            const int64_t n = std::min<int64_t>(wide, padded - p) / LANE - 1;
+            (rows == 1 ? VALUE_ROW[n] : VALUE[n][rows - 1])(s + r * PITCH + from, v.key_0 + from * v.pitch + p, v.pitch, to - from,
                                           w.o.p + r * padded + p, padded);
         }
     };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -24,14 +26,19 @@ namespace {
 
 // ROWS x LANES accumulators, LANES vectors of keys and one query coordinate fill the vector registers.
 #if defined(__AVX512F__)
-constexpr int LANE = 16, LANES = 4;
+#define LANE_COUNT 16
+constexpr int LANES = 4;
 #elif defined(__AVX2__)
-constexpr int LANE = 8, LANES = 2;
+#define LANE_COUNT 8
+constexpr int LANES = 2;
 #elif defined(__aarch64__)
-constexpr int LANE = 4, LANES = 4;
+#define LANE_COUNT 4
+constexpr int LANES = 4;
 #else
-constexpr int LANE = 4, LANES = 2;
+#define LANE_COUNT 4
+constexpr int LANES = 2;
 #endif
+constexpr int LANE = LANE_COUNT;
 constexpr int ROWS = 6;
 constexpr int PANEL = LANE * LANES;   // keys (or value columns) that one register tile covers
 constexpr int CHUNK = 512;            // keys per chunk, a multiple of PANEL
@@ -130,6 +137,36 @@ INLINE vf tanh(vf x) {
     large = (vf)((vi)large | ((vi)x & splat(INT32_MIN)));
     // NaN fails both comparisons and comes out of the series.
     return a > splat(0.625f) ? large : small;
+}
+
+// The even and the odd elements of two vectors, one behind the other.
+#if defined(__clang__) && LANE_COUNT == 16
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__clang__) && LANE_COUNT == 8
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#elif defined(__clang__)
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#endif
+#if defined(__clang__)
+INLINE vf evens(vf a, vf b) { return __builtin_shufflevector(a, b, EVENS); }
+INLINE vf odds(vf a, vf b) { return __builtin_shufflevector(a, b, ODDS); }
+#else
+INLINE vf evens(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2); }
+INLINE vf odds(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2 + 1); }
+#endif
+
+// Element i of the result is the sum of vector i.
+template <int N>
+INLINE vf totals(const vf *x) {
+    if constexpr (N == 1) {
+        return x[0];
+    } else {
+        const vf a = totals<N / 2>(x), b = totals<N / 2>(x + N / 2);
+        return evens(a, b) + odds(a, b);
+    }
 }
 
 // acc[r][c] += sum over i of a[r][i] * b[i][c]; a[r][i] stands at r * row + i * step, b[i] at i * pitch.
