@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from foveate.core.reductions import Reduction
     from foveate.core.rows import View
 
-__all__ = ["PIECE", "Ranges", "Tiles", "attend", "by_kernel", "covered", "refuses"]
+__all__ = ["PIECE", "Ranges", "Tiles", "attend", "by_kernel", "covered", "refuses", "with_sinks"]
 
 # row and key blocks of a dense call
 ROWS, KEYS = 64, 256
@@ -78,13 +78,20 @@ def attend(
         raise BadInput("sigmoid attention has no normaliser that a learned sink could stand in")
     call = Call(Tiles.of(view, visits), view.scale, view.softcap, sigmoid, piece)
     out, lse = Exact.apply(view.q, view.k, view.v, call)
-    if view.sinks is not None:
-        # a row that sees nothing has nothing to weigh its sink against
-        empty = lse == -torch.inf
-        whole = torch.logaddexp(lse.masked_fill(empty, 0.0), view.sinks.to(lse)[:, None])
-        share = torch.exp(lse.masked_fill(empty, 0.0) - whole)
-        out, lse = out * share[..., None].to(out.dtype), whole.masked_fill(empty, -torch.inf)
-    return out, lse
+    return (out, lse) if view.sinks is None else with_sinks(out, lse, view.sinks)
+
+
+def with_sinks(
+    out: Float[Tensor, "batch heads query value_dim"],
+    lse: Float[Tensor, "batch heads query"],
+    sinks: Float[Tensor, " heads"],
+) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
+    """Outputs and log-sum-exps when a learned sink takes its part of each row."""
+    # a row that sees nothing has nothing to weigh its sink against
+    empty = lse == -torch.inf
+    whole = torch.logaddexp(lse.masked_fill(empty, 0.0), sinks.to(lse)[:, None])
+    share = torch.exp(lse.masked_fill(empty, 0.0) - whole)
+    return (out * share[..., None]).to(out.dtype), whole.masked_fill(empty, -torch.inf)
 
 
 # ---------------------------------------------------------------- what is visited
@@ -114,7 +121,8 @@ def covered(view: View, visits: Visits) -> Visits:
         return before[:, :, row].expand(*size, -1).gather(-1, edge.expand(size)[..., None])[..., 0]
 
     first, behind = low // visits.keys, (high + visits.keys - 1) // visits.keys
-    nothing = (high > low) & (visited(behind) == visited(torch.minimum(first, behind)))
+    sees = view.mask.rows[:, None]
+    nothing = sees & (visited(behind) == visited(torch.minimum(first, behind)))
     if bool(nothing.any()):
         entry, head, i = nothing.nonzero()[0].tolist()
         a, b = (int(t.expand(size)[entry, head, i]) for t in (low, high))
