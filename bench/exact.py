@@ -10,10 +10,12 @@ the median is reported with its quartiles. Sections that are not run keep what t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
+import re
 import statistics
-import threading
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +32,8 @@ from foveate.core.mask import Mask
 from foveate.core.mechanism import Visits
 from foveate.core.rows import View
 
+# profile.py beside this script hides a module of Python's own, which torch.compile imports
+sys.path = [at for at in sys.path if Path(at).resolve() != Path(__file__).resolve().parent]
 RESULTS = Path(__file__).parent / "results"
 HEADS, DIM = 9, 64
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -249,25 +253,17 @@ def flexible() -> Callable[..., Callable[[], Tensor]] | None:
 
 
 def peak(call: Callable[[], Any]) -> float:
-    """Megabytes of memory on top of what was there, at most, while something runs."""
+    """Megabytes of resident memory on top of what was there, at most, while something runs."""
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    def read(name: str) -> int:
+        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
     gc.collect()
-    before, seen, running = resident(), [0], True
-
-    def watch() -> None:
-        while running:
-            seen.append(resident())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
     call()
-    running = False
-    watcher.join()
-    return round((max(seen) - before) / 2**20, 1)
+    return round((read("VmHWM") - before) / 1024, 1)
 
 
 # ---------------------------------------------------------------- results
@@ -433,7 +429,8 @@ def main() -> None:
         args.out.parent.mkdir(exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         args.out.with_suffix(".md").write_text(page(found))
-        draw(found, args.out.with_suffix(".svg"))
+        if "length" in found and "sparse" in found:
+            draw(found, args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.attach import attach
-from foveate.core.mechanism import ExpertEdit, HeadEdit, Mechanism, Metric, Pattern, Visits
+from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, Mechanism, Metric, Pattern, Visits
 from foveate.core.rows import Rows
 from foveate.core.rows import attend as attend_rows
 from foveate.testing import tiny, views
@@ -36,7 +36,7 @@ class HeadPass(HeadEdit):
         return out
 
 
-@check(*ACTING)
+@check(Edit, HeadEdit, Pattern)
 def landing(m: Mechanism) -> None:
     """It moves the head outputs, unless this is the setting at which it does not."""
     if m.identity is not None and m == replace(m, **m.identity):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from foveate.core.mechanism import Mechanism, Metric, RowMetric
+from foveate.core.mechanism import Mechanism, Metric, RowMetric, Schedule
 from foveate.core.reductions import Sampled
 from foveate.core.rows import REFUSALS, Rows, View
 from foveate.core.rows import attend as attend_rows
@@ -142,6 +142,10 @@ def poison(m: Mechanism) -> None:
         if view.tokens is not None:
             unseen = dirty.k.isnan().all(-1).all(1)
             dirty.tokens = torch.where(unseen, (view.tokens + 1) % views.WORDS, view.tokens)
+        # no engine is named for a schedule: it is one; what it refuses goes to the blocks
+        if isinstance(m, Schedule):
+            same(numbers(m, dirty, engine="blocks" if m.refuses(view) else "auto"), clean, f"{name}, with NaN behind")
+            continue
         for engine in ("blocks", "native"):
             if engine == "blocks" or (isinstance(m, Metric) and not REFUSALS[engine](view, streamed(m))):
                 same(numbers(m, dirty, engine=engine), clean, f"{name}, with NaN behind the mask, engine {engine!r}")
