@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 from svg import BLUE, GREEN, INK, ORANGE, bare, drawing, shade, svg
 
 from foveate.compress import Streaming
+from foveate.core import traffic
 from foveate.core.attach import attach
 from foveate.core.budget import Budget
+from foveate.core.errors import FoveateError
 from foveate.core.mechanism import (
     Edit,
     ExpertEdit,
@@ -32,6 +34,7 @@ from foveate.core.mechanism import (
     PromptEdit,
     Pruner,
     ResidualEdit,
+    Schedule,
 )
 from foveate.core.params import bounds_of
 from foveate.core.places import Heads, Indices, Values, Vectors
@@ -408,6 +411,37 @@ def draw_pruner(pruner: Pruner) -> tuple[str, str]:
         )
 
 
+def draw_schedule(schedule: Schedule) -> tuple[str, str]:
+    """What it moves by the size of the fast memory, between the naive form and the bound."""
+    # not the small setting: it would be as small beside this shape as it is large beside the other pictures' texts
+    m, shape = type(schedule)(), traffic.Shape(queries=8192, keys=8192, dim=64)
+    sizes = [round(2 ** (n / 4)) for n in range(4 * 6, 4 * 22 + 1)]
+
+    def course(moved: Callable[[traffic.Shape, int], Any]) -> list[float]:
+        """Numbers moved at each size; none where nothing fits."""
+        found = []
+        for fast in sizes:
+            try:
+                found.append(getattr(made := moved(shape, fast), "total", made))
+            except FoveateError:
+                found.append(math.nan)
+        return found
+
+    with drawing(7.4, 2.4) as figure:
+        ax = figure.subplots()
+        ax.loglog(sizes, course(traffic.naive), color=INK, lw=0.7, ls=":", label="naive")
+        ax.loglog(sizes, course(traffic.lower_bound), color=INK, lw=0.7, label="least possible")
+        ax.loglog(sizes, course(m.traffic), color=ORANGE, lw=1.8, label=type(m).__name__)
+        ax.axvline(shape.dim**2, color=INK, lw=0.4)
+        ax.annotate("d²", (shape.dim**2, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points")
+        ax.set(xlabel="numbers that the fast memory holds", ylabel="numbers moved")
+        ax.legend(loc="upper right")
+        return svg(figure), (
+            f"What moves between slow and fast memory under <code>{spelled(m)}</code>: {shape.queries:,} queries and "
+            f"keys of width {shape.dim}, one head."
+        )
+
+
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Metric: draw_metric,
     ModelMetric: draw_model_metric,
@@ -419,6 +453,7 @@ DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     PromptEdit: draw_prompt_edit,
     Policy: draw_policy,
     Pruner: draw_pruner,
+    Schedule: draw_schedule,
 }
 
 

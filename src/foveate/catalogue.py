@@ -19,6 +19,9 @@ __all__ = ["FILE", "Doc", "entries", "find", "generate", "read"]
 FILE = Path(__file__).with_name("catalog.json")
 # only in a checkout: an installed package has what stood there when the catalogue was written
 CLAIMS = Path(__file__).parents[2] / "bench" / "claims" / "results"
+# what schedules give an account of: one head in float32, with 32 KB, 1 MB and 32 MB of fast memory
+LENGTH, WIDTH, ITEMSIZE = 8192, 64, 4
+MEMORIES = (32 << 10, 1 << 20, 32 << 20)
 
 
 def entries() -> list[dict[str, Any]]:
@@ -74,7 +77,7 @@ def entry(verb: str, name: str) -> dict[str, Any]:
         "params": [param(f, doc.args.get(f.name, "")) for f in dataclasses.fields(cls)],
         "example": doc.example,
         "example_shows": doc.example_shows,
-    }
+    } | account(cls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,26 @@ def claim(name: str) -> dict[str, str]:
         return {"name": name, "verdict": "not run", "claim": "", "title": "", "command": ""}
     result = json.loads(file.read_text(encoding="utf-8"))
     return {"name": name} | {key: result[key] for key in ("verdict", "claim", "title", "command")}
+
+
+def account(cls: type) -> dict[str, list[dict[str, Any]]]:
+    """What a schedule moves with some sizes of fast memory, in bytes; nothing for the other kinds."""
+    from foveate.core.errors import FoveateError
+    from foveate.core.mechanism import Schedule
+    from foveate.core.traffic import Shape, lower_bound, regime
+
+    if not issubclass(cls, Schedule):
+        return {}
+    shape, found = Shape(LENGTH, LENGTH, WIDTH), []
+    for memory in MEMORIES:
+        fast = memory // ITEMSIZE
+        one = {"memory": memory, "least": lower_bound(shape, fast) * ITEMSIZE, "regime": regime(shape, fast)}
+        try:
+            one["moved"] = cls().traffic(shape, fast).bytes(ITEMSIZE)
+        except FoveateError as why:
+            one["why"] = str(why)
+        found.append(one)
+    return {"traffic": found}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def command(
         "when to use": [escape(e["use"])],
         "misleads": [escape(e["misleads"]) or "nothing known"],
         "differs": [escape(e["differs"])],
+        "moves": traffic(e),
         "limits": [f"{check}: {escape(why)}" for check, why in e["known_failures"].items()],
         "claims": claims(e) or ["none tested"],
         "example": [escape(e["example_shows"])],
@@ -101,6 +102,23 @@ def claims(e: dict[str, Any]) -> list[str]:
         found.append(
             f"[{colour}]{c['verdict']}[/]  {escape(c['claim'])}{paper}\n  [dim]again:[/] {escape(c['command'])}"
         )
+    return found
+
+
+def traffic(e: dict[str, Any]) -> list[str]:
+    """What a schedule moves with some sizes of fast memory, as the catalogue has it; nothing for the other kinds."""
+    from rich.markup import escape
+
+    from foveate.catalogue import LENGTH, WIDTH
+    from foveate.cli.cost import size
+
+    found = [f"[dim]one head of width {WIDTH} in float32, {LENGTH:,} queries and keys:[/]"] if "traffic" in e else []
+    for one in e.get("traffic", ()):
+        where = f"with {size(one['memory'])} of fast memory"
+        if "why" in one:
+            found.append(f"{where} nothing: {escape(one['why'])}")
+        else:
+            found.append(f"{size(one['moved'])} {where}, {one['moved'] / one['least']:.1f} times the least possible")
     return found
 
 
