@@ -22,7 +22,6 @@ class Sound(Schedule):
     """Tiles, as they come."""
 
     card: ClassVar = Card("a test", 2026, "exact", Needs.KEYS, "none", "nothing known", "in tests")
-    identity: ClassVar = {}
 
     def refuses(self, view: View) -> str:
         return tiled.refuses(view)

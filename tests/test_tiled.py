@@ -21,8 +21,14 @@ from foveate.core.rows import View, attend
 from foveate.measure import Entropy
 from foveate.testing import tiny, views
 
-KINDS = views.situations(without="bias scattered")
-BLOCKS = [None, (4, 3, True), (1, 5, False), (7, 64, True), (130, 70, True)]
+# one of each trait
+KINDS = [
+    "causal", "full", "window", "left_padded", "right_padded", "packed_window", "empty_rows", "all_masked",
+    "decode_padded", "cross", "multi_query", "wide_values", "narrow_values", "soft_cap", "sinks_window_padded",
+    "bfloat16", "length_1", "odd_length", "long",
+]  # fmt: skip
+# rows and keys per block, and whether each head has its own
+BLOCKS = [None, (4, 3, True), (1, 5, False), (130, 70, True)]
 SIGMOID = -2.0
 
 
@@ -60,7 +66,7 @@ def derived(view: View, visits: Visits | None, sigmoid: float | None) -> dict[st
 
 def near(a: Tensor, b: Tensor, what: str, tolerance: float = 3e-5) -> None:
     assert a.shape == b.shape and a.dtype == b.dtype
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     apart = (a - b).masked_fill(a == b, 0.0).abs()
     assert bool((apart <= tolerance * max(1.0, float(b.masked_fill(b.isinf(), 0.0).abs().max()))).all()), what
 

@@ -33,7 +33,7 @@ from foveate.core.rule import Rule, Softmax, lse_of
 
 __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
 
-Engine = Literal["auto", "reference", "blocks", "fused", "native", "tiled", "sdpa"]
+Engine = Literal["auto", "reference", "blocks", "fused", "native", "tiled", "schedule", "sdpa"]
 SOFTMAX = Softmax()
 # larger blocks leave the cache between one stage and the next
 BLOCK_BYTES = 4 << 20

@@ -76,7 +76,6 @@ class SmallMemory(Schedule):
         "holds d^2 numbers, blocks of rows move less",
         claims=("io_bound",),
     )
-    identity: ClassVar = {}
     test_params: ClassVar = ({"fast": 150}, {})
 
     def refuses(self, view: View) -> str:
