@@ -65,6 +65,11 @@ class Step:
     distance: float
     tried: tuple[tuple[str, int, float], ...] = ()
 
+    @classmethod
+    def read(cls, found: dict[str, Any]) -> Step:
+        """From JSON, which knows no tuples."""
+        return cls(**found | {"tried": tuple(map(tuple, found["tried"]))})
+
 
 @dataclass(eq=False)
 class Greedy:
@@ -81,6 +86,11 @@ class Greedy:
     measure: str
 
     def __post_init__(self) -> None:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise NotSupported(
+                f"{type(self.model).__name__} is an encoder with a decoder, whose parts cannot be taken out; take a "
+                "decoder alone"
+            )
         self.layers = {module: layer.index for module, layer in attention_layers(self.model).items()}
         self.found, _ = branches(self.model, self.layers, {"input_ids": self.texts[0][:1]})
 
@@ -99,18 +109,39 @@ class Greedy:
         return sorted((b for (k, n), b in self.found.items() if k in among and n >= first), key=order)
 
     @torch.no_grad()
-    def steps(self, count: int, left: list[Branch], tick: Callable[[], None]) -> tuple[Step, ...]:
-        """Takes out part after part; the model comes out as it went in."""
-        found = []
+    def steps(
+        self,
+        count: int,
+        left: list[Branch],
+        tick: Callable[[], None],
+        done: Sequence[Step] = (),
+        keep: Callable[[int, Step], None] | None = None,
+    ) -> tuple[Step, ...]:
+        """Takes out part after part; the model comes out as it went in.
+
+        Args:
+            count: How many go.
+            left: The parts that may go.
+            tick: Called after each try.
+            done: The first steps, where an earlier search on the same model and texts found them.
+            keep: Called with the number of a step, from 0, and the step, as soon as it is found.
+        """
+        found = list(done)
         with ExitStack() as back, evaluating(self.model):
             plain = [self.logits(ids) for ids in self.texts]
-            for _ in range(count):
+            by_name: dict[tuple[str, int], Branch] = {(b.kind, b.layer): b for b in left}
+            for step in done:
+                leave_out(back, gone := by_name[step.kind, step.layer])
+                left = [b for b in left if b is not gone]
+            for n in range(len(done), count):
                 tried = self.distances(self.allowed(left), plain, tick)
                 best = min(tried, key=lambda branch: tried[branch])
                 leave_out(back, best)
                 left = [b for b in left if b is not best]
                 told = tuple((b.kind, b.layer, d) for b, d in tried.items())
                 found.append(Step(best.kind, best.layer, tried[best], told))
+                if keep is not None:
+                    keep(n, found[-1])
         return tuple(found)
 
     def distances(self, left: list[Branch], plain: list[Tensor], tick: Callable[[], None]) -> dict[Branch, float]:

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,7 +24,9 @@ from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Parts, Pruner
 from foveate.core.places import Head, Heads, Indices
+from foveate.core.plan import fingerprint
 from foveate.core.removing import KINDS
+from foveate.probe.ledger import Ledger
 
 __all__ = ["Course", "PartRemoval"]
 
@@ -136,6 +139,7 @@ class PartRemoval(Pruner):
         measure: str = "divergence",
         first: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        file: str | Path | None = None,
     ) -> Course:
         """Takes out part after part, each time the one without which the output changes least.
 
@@ -151,6 +155,8 @@ class PartRemoval(Pruner):
                 distributions), "norm" or "angle" (of the logits).
             first: The first layer that may lose a part.
             progress: Called with the tries done, and how many there are at most.
+            file: Where steps are kept as they come (JSON lines); those that are there from an interrupted search, or
+                from one for fewer parts, are not looked for again.
 
         Returns:
             The steps, and with them the mechanism.
@@ -166,17 +172,27 @@ class PartRemoval(Pruner):
         texts = pieces(ids, model)
         search = Greedy(model, texts, measure)
         left = search.left(among, first)
+        if not left:
+            last = max(layer for _, layer in search.found)
+            raise BadInput(f"PartRemoval.fit(first={first}): the last layer is {last}; give one that is there")
         # one attention of the model always stays
         most = len(left) - (sum(b.kind == "attention" for b in left) == len(search.attention))
         if not 1 <= count <= most:
             raise BadInput(f"PartRemoval.fit(count={count}): from 1 to {most} of these parts can go")
-        total, done = sum(len(left) - n for n in range(count)) * len(texts), itertools.count(1)
+        ledger = Ledger(file)
+        asked = "part_removal", fingerprint(model), [one.tolist() for one in texts], sorted(set(among)), measure, first
+        keys = [Ledger.key(*asked, n) for n in range(count)]
+        done = [Step.read(ledger[key]) for key in itertools.takewhile(ledger.__contains__, keys)]
+        total, ticks = sum(len(left) - n for n in range(len(done), count)) * len(texts), itertools.count(1)
 
         def tick() -> None:
             if progress is not None:
-                progress(next(done), total)
+                progress(next(ticks), total)
 
-        return Course(search.steps(count, left, tick), measure, sum(one.numel() for one in texts))
+        def keep(n: int, step: Step) -> None:
+            ledger.add(keys[n], dataclasses.asdict(step))
+
+        return Course(search.steps(count, left, tick, done, keep), measure, sum(one.numel() for one in texts))
 
 
 @dataclass(frozen=True)
