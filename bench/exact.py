@@ -58,7 +58,11 @@ def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 def ratio(seconds: list[float], base: list[float]) -> dict[str, Any]:
     """Median of the ratios inside the repeats, with quartiles."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds, base, strict=True)], n=4)
-    return {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)], "seconds": [*map(rounded, seconds)]}
+    return {
+        "ratio": round(middle, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "seconds": [*map(rounded, seconds)],
+    }
 
 
 def rounded(x: float) -> float:
@@ -123,7 +127,9 @@ def length(args: argparse.Namespace) -> list[dict[str, Any]]:
             both["transformers, eager"] = lambda grad=grad, weigh=weigh: derived(lambda *x: eager(*x)(), grad, weigh)
         times_both = alternate(both, args.repeats)
         for name, seconds in times_both.items():
-            rows.append({"tokens": n, "pass": "forward and backward", "what": name} | ratio(seconds, times_both["sdpa"]))
+            rows.append(
+                {"tokens": n, "pass": "forward and backward", "what": name} | ratio(seconds, times_both["sdpa"])
+            )
             rows[-1]["MB"] = peak(both[name])
         back = {name: [b - f for b, f in zip(times_both[name], times[name], strict=True)] for name in ("sdpa", "tiled")}
         rows.append({"tokens": n, "pass": "backward", "what": "tiled"} | ratio(back["tiled"], back["sdpa"]))
@@ -226,7 +232,9 @@ def flexible() -> Callable[..., Callable[[], Tensor]] | None:
     """FlexAttention as the framework compiles it for this CPU; None where it cannot."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def make(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, visits: Visits | None = None) -> Callable[[], Tensor]:
+    def make(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool = False, visits: Visits | None = None
+    ) -> Callable[[], Tensor]:
         n = q.shape[2]
         if causal:
             mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cpu")
@@ -286,7 +294,9 @@ def fits(found: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for which in ("forward", "forward and backward"):
         for name in ("sdpa", "tiled"):
-            rows = [r for r in found.get("length", ()) if r["pass"] == which and r["what"] == name and r["tokens"] > 1000]
+            rows = [
+                r for r in found.get("length", ()) if r["pass"] == which and r["what"] == name and r["tokens"] > 1000
+            ]
             if len(rows) > 2:
                 seconds = [statistics.median(r["seconds"]) for r in rows]
                 out[f"{name}, {which}, time over N"] = exponent([r["tokens"] for r in rows], seconds)
@@ -364,10 +374,17 @@ def page(found: dict[str, Any]) -> str:
     ]
     if "machine" in found:
         m = found["machine"]
-        lines += [f"The machine, {m['threads']} threads: matrix products {m['GFLOP/s']} GFLOP/s, sums {m['GB/s']} GB/s.", ""]
+        lines += [
+            f"The machine, {m['threads']} threads: matrix products {m['GFLOP/s']} GFLOP/s, sums {m['GB/s']} GB/s.",
+            "",
+        ]
     if "length" in found:
         top = found.get("machine", {}).get("GFLOP/s")
-        lines += ["## Dense causal attention", "", "| tokens | pass | what | × sdpa | quartiles | GFLOP/s | MB on top |"]
+        lines += [
+            "## Dense causal attention",
+            "",
+            "| tokens | pass | what | × sdpa | quartiles | GFLOP/s | MB on top |",
+        ]
         lines += ["|---:|---|---|---:|---|---:|---:|"]
         for r in found["length"]:
             speed = r.get("GFLOP/s", "")
@@ -389,7 +406,11 @@ def page(found: dict[str, Any]) -> str:
         lines.append("")
     if "split" in found:
         top = found.get("machine", {}).get("GB/s")
-        lines += ["## One row over many keys", "", "| keys | query heads | what | faster than one core | quartiles | GB/s |"]
+        lines += [
+            "## One row over many keys",
+            "",
+            "| keys | query heads | what | faster than one core | quartiles | GB/s |",
+        ]
         lines += ["|---|---:|---|---:|---|---:|"]
         for r in found["split"]:
             share = f" ({r['GB/s'] / top:.0%})" if top else ""

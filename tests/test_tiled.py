@@ -277,7 +277,9 @@ def test_the_kernel_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
-@pytest.mark.parametrize("situation", ["decode", "decode_padded", "multi_query", "sinks", "sliding_cache", "wide_values"])
+@pytest.mark.parametrize(
+    "situation", ["decode", "decode_padded", "multi_query", "sinks", "sliding_cache", "wide_values"]
+)
 def test_parts_of_the_keys_are_merged(situation: str, piece: int) -> None:
     view = views.view(situation, keys=301, queries=1)
     want = attend(view, engine="reference", dtype=torch.float64).out

@@ -52,9 +52,7 @@ def main() -> None:
         assert torch.allclose(exact, truth.out.double(), atol=1e-6)
         once.append(far(tiled.attend(whole)[0], exact))
         cuts = sorted(dice.sample(range(1, whole.keys), min(dice.randint(1, 31), whole.keys - 1)))
-        parts = [
-            tiled.attend(part(whole, a, b)) for a, b in zip([0, *cuts], [*cuts, whole.keys], strict=True)
-        ]
+        parts = [tiled.attend(part(whole, a, b)) for a, b in zip([0, *cuts], [*cuts, whole.keys], strict=True)]
         plain.append(far(torch.stack([out for out, _ in parts]).mean(0), exact))
         dice.shuffle(parts)
         while len(parts) > 1:

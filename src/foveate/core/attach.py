@@ -98,8 +98,9 @@ def attach(
                 hint = f"; run it with {type(m).__name__}(...).measure(model, tokenizer)"
             elif isinstance(m, PromptEdit):
                 hint = "; it changes a text, before there are tokens: call its .edit(text)"
-            raise BadInput(f"{m!r} cannot be attached: not a Metric, an edit, a Pattern, a Policy, a Pruner or a "
-                f"Schedule{hint}")
+            raise BadInput(
+                f"{m!r} cannot be attached: not a Metric, an edit, a Pattern, a Policy, a Pruner or a Schedule{hint}"
+            )
     outer = ACTIVE.get(model)
     with ExitStack() as stack:
         layers = attention_layers(model) if outer is None else outer.layers

@@ -27,6 +27,7 @@ __all__ = ["Applied", "Plan", "apply", "fingerprint"]
 FORMAT = "foveate plan 1"
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
 LASTING = "_foveate_applied"
+WRITERS = "`foveate steer`, `compress` or `prune`"
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,11 @@ class Plan:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise BadInput(f"no such plan: {path}; `foveate steer` and `foveate compress` write one") from None
+            raise BadInput(f"no such plan: {path}; {WRITERS} write one") from None
         except IsADirectoryError:
             raise BadInput(f"{path} is a folder; give the plan.json in it") from None
         except ValueError as e:
-            raise BadInput(
-                f"{path} is no JSON ({e}); give a plan that `foveate steer`, `foveate compress` or Plan.save wrote"
-            ) from None
+            raise BadInput(f"{path} is no JSON ({e}); give a plan that {WRITERS} or Plan.save wrote") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             said = found.get("format") if isinstance(found, dict) else None
             raise BadInput(f"{path} is no {FORMAT!r} (its format is {said!r}); write it again with this version")
@@ -134,7 +133,7 @@ class Plan:
         if other:
             raise BadInput(
                 f"this plan is for {self.model.get('name') or 'another model'} ({'; '.join(other[:3])}); "
-                "find one for this model with `foveate steer` or `foveate compress`"
+                f"find one for this model with {WRITERS}"
             )
 
     def prompt(self, text: str) -> str:

@@ -363,7 +363,9 @@ def attend(
         if reason:
             raise NotSupported(f"engine {engine!r}: {reason}; use 'blocks' or 'auto'")
 
-    stages = Stages(rule, edits, first_pass(unedited, edits), None if pattern is None else tiled.covered(view, pattern(view)), dtype)
+    stages = Stages(
+        rule, edits, first_pass(unedited, edits), None if pattern is None else tiled.covered(view, pattern(view)), dtype
+    )
     found: dict[Reduction, Tensor]
     if engine == "sdpa":
         out, found = sdpa(view), {}

@@ -331,7 +331,8 @@ def batches(q: Tensor, k: Tensor, tiles: Tiles) -> Iterator[list[Batch]]:
     row_blocks, device = seen.shape[2], q.device
     pad = (0, -tiles.low.shape[1] % tiles.rows)
     low, high = (
-        torch.nn.functional.pad(t.expand(batch, -1), pad).unflatten(1, (-1, tiles.rows)) for t in (tiles.low, tiles.high)
+        torch.nn.functional.pad(t.expand(batch, -1), pad).unflatten(1, (-1, tiles.rows))
+        for t in (tiles.low, tiles.high)
     )
     flat = seen.flatten(0, 2)
     count = flat.sum(-1)
