@@ -353,9 +353,9 @@ def test_two_schedules_are_one_too_many() -> None:
 def test_a_schedule_that_is_wrong_does_not_land(monkeypatch: pytest.MonkeyPatch) -> None:
     right = tiled.attend
     monkeypatch.setattr(tiled, "attend", lambda *a, **k: (right(*a, **k)[0] * 1.1, right(*a, **k)[1]))
-    with pytest.raises(foveate.FoveateError, match="not what the dense reference says"):
-        with foveate.attach(tiny.model("llama"), Tiled()):
-            pass
+    model, said = tiny.model("llama"), "not what the dense reference says"
+    with pytest.raises(foveate.FoveateError, match=said), foveate.attach(model, Tiled()):
+        pass
 
 
 def test_a_butterfly_visits_few_blocks_and_reaches_all_in_two_steps() -> None:

@@ -66,8 +66,8 @@ def main() -> None:
         numbers=numbers,
         control=control,
         seeds=[SEED],
-        rule="holds: the upper quartile of the time is below that of dense attention at every density, and the medians fall "
-        "with the density, forward and with backward",
+        rule="holds: the upper quartile of the time is below that of dense attention at every density, and the medians "
+        "fall with the density, forward and with backward",
         encoder="none: random queries, keys and values",
     )
 

@@ -1,8 +1,8 @@
 """Whether parts of the keys, cut anywhere, give after merging what all keys give at once.
 
-Random rows over up to 8,192 keys are computed whole and in up to 32 parts cut at random places, merged in a random order
-and in random steps. Distances are counted in units of the last place of float32 of the largest output of the row, from
-the same attention in float64. The control merges without the log-sum-exps, by plain means.
+Random rows over up to 8,192 keys are computed whole and in up to 32 parts cut at random places, merged in a random
+order and in random steps. Distances are counted in units of the last place of float32 of the largest output of the row,
+from the same attention in float64. The control merges without the log-sum-exps, by plain means.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def main() -> None:
         },
         control={"means in place of log-sum-exps: units of the last place": mean(plain)},
         seeds=[SEEDS[0], SEEDS[-1]],
-        rule=f"holds: in none of {len(SEEDS)} cases more than {ALLOWED:g} units of the last place further from float64 than "
-        "all keys at once",
+        rule=f"holds: in none of {len(SEEDS)} cases more than {ALLOWED:g} units of the last place further from float64 "
+        "than all keys at once",
     )
 
 

@@ -141,6 +141,7 @@ constexpr const decltype(&value_tile<1, 1>) *VALUE[] = {VALUE_ROWS<1>, VALUE_ROW
 
 // One row takes more columns at once: values are then read in the order in which they stand.
 constexpr int COLUMNS = 64;
+constexpr int32_t NEAR = 64;  // keys whose values stay in the nearest cache
 template <size_t... N>
 constexpr std::array<decltype(&value_tile<1, 1>), sizeof...(N)> single_rows(std::index_sequence<N...>) {
     return {value_tile<1, N + 1>...};
@@ -612,10 +613,15 @@ void Job::mix_tile(const Tile &tile, Workspace &w, const float *s, const Values 
         const int64_t wide = rows == 1 ? COLUMNS : PANEL;
         for (int64_t p = 0; p < padded && from < to; p += wide) {
             const int64_t n = std::min<int64_t>(wide, padded - p) / LANE - 1;
-            (rows == 1 ? VALUE_ROW[n] : VALUE[n][rows - 1])(s + r * PITCH + from, v.key_0 + from * v.pitch + p, v.pitch, to - from,
-                                          w.o.p + r * padded + p, padded);
+            (rows == 1 ? VALUE_ROW[n] : VALUE[n][rows - 1])(s + r * PITCH + from, v.key_0 + from * v.pitch + p,
+                                                            v.pitch, to - from, w.o.p + r * padded + p, padded);
         }
     };
+    // few rows take turns at values that the first of them has brought into the nearest cache
+    for (int32_t at = first; few && at < last; at += NEAR)
+        for (int64_t r = tile.first; r < tile.first + tile.rows; ++r)
+            mix(r, 1, std::max(at, w.rows[r].lo), std::min({at + NEAR, last, w.rows[r].hi}));
+    if (few) return;
     const int32_t all_lo = std::max(first, tile.all_lo), all_hi = std::min(last, tile.all_hi);
     if (all_lo < all_hi) mix(tile.first, tile.rows, all_lo, all_hi);
     for (int64_t r = tile.first; r < tile.first + tile.rows; ++r) {
