@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from foveate.locating import locate
     from foveate.models import load
     from foveate.profiling import Profile, profile
+    from foveate.sharing import share_prefix
     from foveate.testing import check_mechanism
     from foveate.zooming import zoom
 
@@ -42,6 +43,7 @@ HOMES = {
     "make": "foveate.core.registry",
     "names": "foveate.core.registry",
     "profile": "foveate.profiling",
+    "share_prefix": "foveate.sharing",
     "zoom": "foveate.zooming",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "make",
     "names",
     "profile",
+    "share_prefix",
     "zoom",
 ]
 

@@ -43,6 +43,7 @@ from foveate.core.mechanism import (
 )
 from foveate.core.places import check_places, spans_of
 from foveate.core.policy import Policies, chosen, compress
+from foveate.core.prefix import PrefixLayer, prefix_layers
 from foveate.core.reductions import Match, Reduction
 from foveate.core.removing import Gone, Removal, among_left, gone_ones, make_room, removed
 from foveate.core.results import Results, collect
@@ -299,7 +300,7 @@ class Attached:
         trail: The one of the running call.
         crossing: Modules whose running call looks at another sequence.
         last: Samples of the layer before.
-        cache: Weak reference to the cache of the running call, under a KV policy.
+        cache: Weak reference to the cache of the running call, under a KV policy or with a shared prefix.
         holding: Bytes that its layers held after their last call.
         places: Places of the rows in their texts and which of them are real, by layer, of the running call.
         longest: Tokens of the longest text that came by.
@@ -403,7 +404,12 @@ class Attached:
             projection=output_projection(module, query.shape[1] * value.shape[3]),
             layer=layer,
         )
-        out = self.run(view(key, value, mask)).out if cache is None else self.look_back(cache, view, key, value, mask)
+        if cache is None:
+            out = self.run(view(key, value, mask)).out
+        elif isinstance(cache, RaggedLayer):
+            out = self.look_back(cache, view, key, value, mask)
+        else:
+            out = self.look_through(cache, view, key, value, mask)
         return out.transpose(1, 2).contiguous(), None
 
     def note(self, layer: Layer, mask: Mask) -> None:
@@ -456,6 +462,18 @@ class Attached:
         compress(policies, layers, at, call, mask, rows)
         self.holding[at] = cache.bytes_held()
         return out
+
+    def look_through(
+        self, cache: PrefixLayer, view: Callable[..., View], key: Tensor, value: Tensor, mask: Mask
+    ) -> Tensor:
+        """Attention over what rows share and their own keys; at full length where somebody looks at the rows."""
+        call = view(key, value, Mask.full(mask.queries, key.shape[2], key.device))
+        if self.idle and not cache.refuses(call, mask):
+            self.calls_seen()
+            return cache.attend(call, mask)
+        if self.trail is not None and self.trail.pending is not None and cache.opening:
+            self.trail.seen = cache.tokens(call.batch)
+        return self.run(view(*cache.expanded(call, mask))).out
 
     def run(self, view: View, policies: Sequence[Policies] = ()) -> Rows:
         """One pass of the row engine for the whole stack; its head outputs are edited."""
@@ -515,20 +533,20 @@ class Attached:
         """Whether nothing wants to see or change rows."""
         return all(isinstance(m, Policy | Schedule) for m in self.stacked())
 
-    def cache_of(self, key: Tensor) -> RaggedLayer | None:
-        """The ragged layer that these keys were handed on by; None where the call has no such cache.
+    def cache_of(self, key: Tensor) -> RaggedLayer | PrefixLayer | None:
+        """The layer of ours that these keys were handed on by; None where the call has no such cache.
 
         Raises:
             NotSupported: the model changed its keys between its cache and its attention.
         """
-        layers = ragged_layers(self.cache())
+        layers: list[RaggedLayer | PrefixLayer] = [*ragged_layers(self.cache()), *prefix_layers(self.cache())]
         for layer in layers:
             if layer.latest is not None and layer.latest() is key:
                 return layer
         if any(layer.pending is not None for layer in layers):
             raise NotSupported(
-                f"{type(self.model).__name__} changes its keys after caching them, so a KV policy cannot tell whose "
-                "they are; run it without a policy"
+                f"{type(self.model).__name__} changes its keys after caching them, so a KV policy or a shared prefix "
+                "cannot tell whose they are; run it without"
             )
         return None
 
@@ -536,6 +554,14 @@ class Attached:
         """Takes over the cache that a call brings along, where a policy wants it or an earlier one has been there."""
         if self.removal is not None:
             make_room(cache, self.removal.slots, self.model.config)
+        if prefix_layers(cache):
+            if policies := [m for m in self.stacked() if isinstance(m, Policy)]:
+                raise NotSupported(
+                    f"{type(policies[0]).__name__} is attached, and a KV policy cannot drop what rows share; leave it "
+                    "out, or use model.generate without a shared prefix"
+                )
+            self.cache = weakref.ref(cache)
+            return
         if not self.compresses and not ragged_layers(cache):
             return
         adopt(cache, weakref.ref(self), self.model.config)
