@@ -125,8 +125,8 @@ def main() -> None:
         numbers=numbers,
         control=control,
         seeds=[SEED],
-        rule="linear: an exponent of memory over N below 1.2, forward and with backward. Fast: the median ratio of time "
-        "to the naive form is at most 1 at every length, forward and with backward. Holds: both",
+        rule="linear: an exponent of memory over N below 1.2, forward and with backward. Fast: the median ratio of "
+        "time to the naive form is at most 1 at every length, forward and with backward. Holds: both",
         encoder="none: random queries, keys and values",
     )
 

@@ -325,13 +325,18 @@ def generate(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = ids.shape[1] + len(said) - 1
-    full = 2 * config.num_hidden_layers * heads * width * seen * torch.finfo(model.dtype).bits // 8
+    # a plan may have taken the attention of some layers out
+    every = config.num_hidden_layers
+    layers = every - (len(planned.gone) if planned is not None else 0)
+    full = 2 * every * heads * width * seen * torch.finfo(model.dtype).bits // 8
     return {
         "prompt_tokens": ids.shape[1],
         "tokens": len(said),
         "answer": tokenizer.decode(said, skip_special_tokens=True),
         "seconds_to_first_token": round(streamer.first - begun, 3),
         "tokens_per_second": round((len(said) - 1) / max(ended - streamer.first, 1e-9), 2),
-        "bytes_held": next((a.bytes_held() for a in (planned, attached) if a is not None and a.holding), full),
+        "bytes_held": next(
+            (a.bytes_held() for a in (planned, attached) if a is not None and a.holding), full * layers // every
+        ),
         "bytes_full": full,
     }

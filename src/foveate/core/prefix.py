@@ -197,7 +197,7 @@ def part(view: View, q: Tensor, k: Tensor, v: Tensor, seen: Interval) -> Part:
         lse = torch.full(q.shape[:3], -torch.inf, dtype=tiled.working(q), device=q.device)
         return q.new_zeros(*q.shape[:3], v.shape[3]), lse
     low, high = seen
-    if q.device.type != "cpu" or view.needs_grad or not native.available() or not fits_kernel(q, v):
+    if view.needs_grad or not tiled.by_kernel(q, v):
         mask = Mask(low, high, k.shape[2], False, torch.arange(q.shape[2], device=q.device))
         return tiled.attend(View(q, k, v, mask, view.scale, view.softcap))
     none = torch.zeros(1, max(q.shape[2], k.shape[2]), dtype=torch.int32)
@@ -213,11 +213,6 @@ def part(view: View, q: Tensor, k: Tensor, v: Tensor, seen: Interval) -> Part:
         softcap=view.softcap,
     )
     return found.out, found.lse
-
-
-def fits_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the CPU kernel knows this dtype and width."""
-    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and max(q.shape[3], v.shape[3]) <= native.MAX_WIDTH
 
 
 # ---------------------------------------------------------------- the cache

@@ -59,10 +59,19 @@ def open_embedded(name: str, options: Options) -> tuple[Any, Any]:
     try:
         return open_folder(folder, options)
     except LoadError:
-        # A copy that lost bytes after it was made (a power cut, a cleaned disk) is made anew, once.
+        # A copy that lost bytes after it was made (a power cut, a cleaned disk) is made anew, once. The old one is
+        # put back if that fails: then it was not the copy that was at fault.
         log.warning("the converted copy of %s in %s is damaged and is made anew", name, folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        return open_folder(converted(name), options)
+        aside = folder.with_name(f"{folder.name}.damaged-{os.getpid()}")
+        folder.rename(aside)
+        try:
+            return open_folder(converted(name), options)
+        except BaseException:
+            if not folder.exists():
+                aside.rename(folder)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def find_gguf(name: str) -> Path:

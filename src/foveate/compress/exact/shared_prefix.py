@@ -10,7 +10,7 @@ P are the keys of the prefix, b those of one sequence. `core/prefix.py` does the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -66,7 +66,6 @@ class SharedPrefix(Schedule):
         "sequence gains nothing.",
         claims=("shared_prefix",),
     )
-    identity: ClassVar[dict[str, Any] | None] = {}
 
     def refuses(self, view: View) -> str:
         if reason := tiled.refuses(view):
