@@ -71,7 +71,7 @@ kernels = [
         SOURCES,
         depends=HEADERS,
         extra_compile_args=FLAGS + flags,
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
         optional=True,
     )
     for name, flags in variants().items()

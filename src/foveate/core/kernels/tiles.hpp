@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -17,6 +18,9 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -235,6 +239,33 @@ struct FlushSubnormals {
 #endif
 };
 
+// Runs one function on several threads. The team of the OpenMP runtime that is in the process already (torch's own)
+// does it where there is one: its threads wait for work, while threads that are started anew come late and find the
+// cores taken by those that wait.
+using Team = void (*)(void (*)(void *), void *, unsigned, unsigned);
+
+inline Team team() {
+#if defined(__linux__)
+    static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+template <class Loop>
+void on_threads(int64_t threads, Loop &loop) {
+    if (threads > 1 && team()) return team()([](void *at) { (*static_cast<Loop *>(at))(); }, &loop, threads, 0);
+    std::vector<std::thread> pool;
+    try {
+        for (int64_t i = 1; i < threads; ++i) pool.emplace_back(std::ref(loop));
+    } catch (...) {
+        // Fewer threads than asked: the others take over their share.
+    }
+    loop();
+    for (auto &t : pool) t.join();
+}
+
 template <class Work>
 bool parallel(int64_t threads, int64_t count, const Work &work) {
     std::atomic<int64_t> next{0};
@@ -247,14 +278,7 @@ bool parallel(int64_t threads, int64_t count, const Work &work) {
             good = false;
         }
     };
-    std::vector<std::thread> pool;
-    try {
-        for (int64_t i = 1; i < std::min(threads, count); ++i) pool.emplace_back(loop);
-    } catch (...) {
-        // Fewer threads than asked: the others take over their share.
-    }
-    loop();
-    for (auto &t : pool) t.join();
+    on_threads(std::min(threads, count), loop);
     return good;
 }
 
