@@ -87,8 +87,8 @@ def test_kernel_and_pytorch_agree_on_values_and_derivatives(situation: str, bloc
             near(got[name], x, f"{name}, sigmoid {sigmoid}", loose)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-@pytest.mark.parametrize("situation", KINDS)
+@pytest.mark.parametrize("blocks", BLOCKS[:2], ids=str)
+@pytest.mark.parametrize("situation", ["left_padded", "packed_window", "soft_cap", "sinks_window_padded", "odd_length"])
 def test_both_are_attention_by_its_definition(situation: str, blocks: Any) -> None:
     view = views.view(situation)
     visits = visits_of(view, blocks)
@@ -128,7 +128,8 @@ def test_sigmoid_weights_by_their_definition() -> None:
 @pytest.mark.parametrize("sigmoid", [None, SIGMOID])
 @pytest.mark.parametrize("blocks", [None, (4, 3, True)], ids=str)
 def test_derivatives_are_those_of_finite_differences(blocks: Any, sigmoid: float | None) -> None:
-    view = views.view("left_padded", softcap=2.0)
+    small = {"batch": 1, "queries": 7, "keys": 7, "heads": 2, "kv_heads": 1, "dim": 3, "value_dim": 2}
+    view = views.view("left_padded", softcap=2.0, mask=views.with_mask(left=(2,)), **small)
     leaves = [x.double().requires_grad_() for x in (view.q, view.k, view.v)]
     visits = visits_of(view, blocks)
 

@@ -36,17 +36,18 @@ class SharedPrefix(Schedule):
         prefix: How many keys the sequences have in common.
 
     Example:
-        >>> import torch
+        Three texts begin alike, and the model says of each what it said.
+
+        >>> import torch, foveate
         >>> from foveate.compress import SharedPrefix
-        >>> from foveate.core.rows import View, attend
-        >>> shared, own = torch.randn(1, 2, 6, 8).expand(3, -1, -1, -1), torch.randn(3, 2, 2, 8)
-        >>> k = torch.cat([shared, own], 2)
-        >>> view, schedule = View(torch.randn(3, 4, 1, 8), k, k), SharedPrefix(6)
-        >>> out, lse = schedule.run(view)
-        >>> torch.allclose(out, attend(view).out, atol=1e-5)
+        >>> from foveate.testing import handmade
+        >>> model = handmade.model()
+        >>> texts = ["a1 b2 a", "a1 b2 b", "a1 b2 1"]
+        >>> ids = torch.cat([handmade.ids(text) for text in texts])
+        >>> plain = model.generate(ids, max_new_tokens=1)
+        >>> with foveate.attach(model, SharedPrefix(6)):
+        ...     torch.equal(model.generate(ids, max_new_tokens=1), plain)
         True
-        >>> SharedPrefix(7).refuses(view)
-        'the sequences do not have their first 7 keys and values in common'
     """
 
     prefix: int = bounded(1, 1, 1 << 24)

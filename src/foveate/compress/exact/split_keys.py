@@ -35,6 +35,8 @@ class SplitKeys(Schedule):
         rows: The most rows that a call may have.
 
     Example:
+        The model says what it said, with four keys to a part.
+
         >>> import torch, foveate
         >>> from foveate.compress import SplitKeys
         >>> from foveate.testing import handmade

@@ -29,6 +29,8 @@ class Tiled(Schedule):
     """Attention by tiles, forward and backward, in memory that grows with N and not with N².
 
     Example:
+        The model gives what it gave, by tiles.
+
         >>> import torch, foveate
         >>> from foveate.compress import Tiled
         >>> from foveate.testing import handmade
