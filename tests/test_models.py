@@ -353,6 +353,23 @@ def test_a_conversion_that_fails_leaves_nothing(monkeypatch, tmp_path, saved_lla
     load("tiny")
 
 
+def test_a_copy_stays_where_it_is_if_a_new_one_cannot_be_made(monkeypatch, tmp_path, saved_llama):
+    tiny_gguf(monkeypatch, saved_llama)
+    monkeypatch.setenv("FOVEATE_CACHE", str(tmp_path))
+    load("tiny")
+    (folder,) = (tmp_path / "models").iterdir()
+
+    def fails(*_):
+        raise embedded.LoadError("whatever is wrong, the copy is not")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "open_folder", fails)
+        patched.setattr(embedded, "convert", fails)
+        refused("tiny", "whatever is wrong")
+    assert list((tmp_path / "models").iterdir()) == [folder]
+    load("tiny")
+
+
 def test_the_first_of_two_conversions_wins(monkeypatch, tmp_path, saved_llama):
     tiny_gguf(monkeypatch, saved_llama)
     target = tmp_path / "models" / "tiny"

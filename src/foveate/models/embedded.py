@@ -63,11 +63,13 @@ def open_embedded(name: str, options: Options) -> tuple[Any, Any]:
         # put back if that fails: then it was not the copy that was at fault.
         log.warning("the converted copy of %s in %s is damaged and is made anew", name, folder)
         aside = folder.with_name(f"{folder.name}.damaged-{os.getpid()}")
-        folder.rename(aside)
+        # another process may have been faster
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(aside)
         try:
             return open_folder(converted(name), options)
         except BaseException:
-            if not folder.exists():
+            if aside.exists() and not folder.exists():
                 aside.rename(folder)
             raise
         finally:

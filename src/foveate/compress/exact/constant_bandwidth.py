@@ -42,15 +42,23 @@ class ConstantBandwidth(Schedule):
         units: Rows that are computed side by side. At most as many as there are rows, and keys, are put to work.
 
     Example:
-        Vectors in the busiest step, in this order and with the units side by side along the keys of one row.
+        Vectors in the busiest step, in this order and with the units side by side along the keys of one row; and a
+        model that gives what it gave.
 
+        >>> import torch, foveate
         >>> from foveate.compress import ConstantBandwidth
+        >>> from foveate.testing import handmade
         >>> for units in (1, 4, 16):
         ...     m = ConstantBandwidth(units)
         ...     print(units, int(m.loads(64, 64).max()), int(m.naive(64, 64).max()))
         1 3 3
         4 3 9
         16 3 33
+        >>> model, ids = handmade.model(), handmade.ids("abcabcab")
+        >>> plain = model(ids).logits
+        >>> with foveate.attach(model, ConstantBandwidth()):
+        ...     torch.allclose(model(ids).logits, plain, atol=1e-5)
+        True
     """
 
     units: int = bounded(4, 1, 4096, grid=(1, 4, 16, 64))
