@@ -20,7 +20,7 @@ from foveate.core.params import bounded, choice
 from foveate.core.places import some_indices
 from foveate.core.reductions import ColumnMass, Distance, Match, RowEntropy, Sample
 from foveate.core.registry import find
-from foveate.core.rule import Softmax
+from foveate.core.rule import Rule
 from foveate.testing import CheckFailed, check_mechanism, checks, checks_for
 
 BROKEN: list[tuple[str, type[Mechanism]]] = []
@@ -784,13 +784,13 @@ def test_a_leaking_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrongly_grouped_heads_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Softmax.score
+    right = Rule.score
 
     def shuffled(self, block):
         s = right(self, block)
         return s.roll(1, 1) if block.view.grouped > 1 else s
 
-    monkeypatch.setattr(Softmax, "score", shuffled)
+    monkeypatch.setattr(Rule, "score", shuffled)
     with pytest.raises(CheckFailed, match="grouped against repeated"):
         check_mechanism(SoundEdit, only=["grouped"])
 

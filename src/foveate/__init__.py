@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.core.attach import attach
+    from foveate import nn
     from foveate.core.budget import Budget
+    from foveate.core.converting import convert
     from foveate.core.errors import FoveateError
     from foveate.core.plan import Plan, apply
     from foveate.core.registry import find, make, names
@@ -37,6 +39,7 @@ HOMES = {
     "apply": "foveate.core.plan",
     "attach": "foveate.core.attach",
     "check_mechanism": "foveate.testing",
+    "convert": "foveate.core.converting",
     "find": "foveate.core.registry",
     "load": "foveate.models",
     "locate": "foveate.locating",
@@ -56,11 +59,13 @@ __all__ = [
     "apply",
     "attach",
     "check_mechanism",
+    "convert",
     "find",
     "load",
     "locate",
     "make",
     "names",
+    "nn",
     "profile",
     "share_prefix",
     "zoom",
@@ -68,6 +73,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module("foveate.nn")
     if name not in HOMES:
         raise AttributeError(f"module 'foveate' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)

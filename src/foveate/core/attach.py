@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from foveate.core.cache import RaggedLayer, adopt, ragged_layers
+from foveate.core.calls import call_of, standing_in
 from foveate.core.errors import BadInput, NothingObserved, NotOnInterface, NotSupported
 from foveate.core.hooks import Trail, all_configs, blocks, hooks, routers
 from foveate.core.landing import Trial, proved
@@ -49,13 +50,13 @@ from foveate.core.removing import Gone, Removal, among_left, gone_ones, make_roo
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
 from foveate.core.rows import attend as attend_rows
+from foveate.core.standing import Mixed, Standing
 
 __all__ = ["Attached", "attach", "attention_layers"]
 
 ACTIVE: weakref.WeakKeyDictionary[torch.nn.Module, Attached] = weakref.WeakKeyDictionary()
 COUNTER = itertools.count()
 ATTACHABLE = (Metric, Edit, HeadEdit, ResidualEdit, ExpertEdit, Pattern, Policy, Pruner, Schedule)
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 
 
 @contextmanager
@@ -151,6 +152,12 @@ def names_its_places(
     counts = [n if isinstance(n, int) else None for n in heads]
     for layer, left in removal.heads.items() if removal else ():
         counts[layer] = left
+    for m in mechanisms if (mixed := mixed_in(layers)) else ():
+        if isinstance(m, Policy) or gone_ones(m, mixed):
+            raise BadInput(
+                f"{type(m).__name__} acts on rows of attention, which layers {', '.join(map(str, mixed))} of "
+                f"{type(model).__name__} have not: mixers stand there"
+            )
     gone = gone_from(layers)
     for m in mechanisms if gone else ():
         if isinstance(m, Policy):
@@ -234,12 +241,12 @@ def tried(model: PreTrainedModel, engine: Engine, mechanisms: tuple[Mechanism, .
 def attention_layers(model: torch.nn.Module) -> dict[torch.nn.Module, Layer]:
     """The attention modules of a model, in order, found by what their code calls.
 
-    What stands for one that was taken out is counted, so that the others keep their numbers.
+    What stands for one that was taken out, or in the place of one, is counted, so that the others keep their numbers.
 
     Raises:
         NotOnInterface: there are none.
     """
-    found = [(name, m) for name, m in model.named_modules() if on_interface(m) or is_gone(m)]
+    found = [(name, m) for name, m in model.named_modules() if on_interface(m) or is_gone(m) or isinstance(m, Mixed)]
     if all(is_gone(m) for _, m in found):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise NotOnInterface(
@@ -260,27 +267,16 @@ def gone_from(layers: dict[torch.nn.Module, Layer]) -> tuple[int, ...]:
     return tuple(layer.index for module, layer in layers.items() if is_gone(module))
 
 
+def mixed_in(layers: dict[torch.nn.Module, Layer]) -> tuple[int, ...]:
+    """Numbers of the layers that have a mixer in the place of their attention."""
+    return tuple(layer.index for module, layer in layers.items() if isinstance(module, Mixed))
+
+
 def on_interface(module: torch.nn.Module) -> bool:
     """Whether this module's forward itself asks the interface for its attention function."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
-def output_projection(module: torch.nn.Module, inner: int) -> Tensor | None:
-    """The weight that takes the concatenated heads back to the model's width, as [model_dim, inner].
-
-    None where the model keeps it outside of the module that computes attention (BERT).
-    """
-    for name in OUTPUT_PROJECTIONS:
-        child = getattr(module, name, None)
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2:
-            # GPT-2's Conv1D stores its weight transposed
-            weight = weight if isinstance(child, torch.nn.Linear) else weight.T
-            if weight.shape[1] == inner:
-                return weight
-    return None
 
 
 @dataclass(eq=False)
@@ -334,7 +330,7 @@ class Attached:
     @cached_property
     def blocks(self) -> dict[torch.nn.Module, int]:
         """The modules that add one layer each to the residual stream, by an attention that knows where its rows are."""
-        return blocks(self.model, {m: layer.index for m, layer in self.layers.items() if not is_gone(m)})
+        return blocks(self.model, {m: layer.index for m, layer in self.layers.items() if not isinstance(m, Gone | Mixed)})
 
     @cached_property
     def routers(self) -> dict[torch.nn.Module, int]:
@@ -393,16 +389,16 @@ class Attached:
             attention_mask, module, query.shape[2], keys, query.device, is_causal, sliding_window, layer.cross, offset
         )
         self.note(layer, mask)
-        view = partial(
-            View,
+        view = call_of(
+            module,
             query,
-            scale=scaling if scaling is not None else query.shape[3] ** -0.5,
+            layer,
+            value_dim=value.shape[3],
+            scaling=scaling,
+            dropout=dropout,
             softcap=softcap,
-            sinks=s_aux,
-            bias=position_bias,
-            dropout=dropout if module.training else 0.0,
-            projection=output_projection(module, query.shape[1] * value.shape[3]),
-            layer=layer,
+            s_aux=s_aux,
+            position_bias=position_bias,
         )
         if cache is None:
             out = self.run(view(key, value, mask)).out
@@ -448,7 +444,7 @@ class Attached:
             cache.settle(mask.valid)
             store = cache.store
             only = chosen(policies, layers, at, call, mask)
-            if self.idle and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
+            if self.idle and call.rule.plain and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
                 self.calls_seen()
                 out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks, only)
             else:
@@ -487,6 +483,8 @@ class Attached:
         patterns = [m for _, _, m in mechanisms if isinstance(m, Pattern)]
         schedules = [m for _, _, m in mechanisms if isinstance(m, Schedule)]
         asked = [need for one in policies for need in one.needs()]
+        if view.training and view.rule.trains:
+            asked += view.rule.needs()
         rows = attend_rows(
             view,
             [*(r for _, _, m in metrics for r in m.needs()), *asked],
@@ -496,6 +494,8 @@ class Attached:
             engine=self.engine,
         )
         self.calls_seen()
+        if view.training and view.rule.trains and (standing := self.standing(view.layer)) is not None:
+            standing.note(rows)
         for _, _, m in mechanisms:
             if isinstance(m, HeadEdit) and m.acts(view.layer.index):
                 rows.out = m.edit(rows, rows.out)
@@ -510,6 +510,10 @@ class Attached:
             rows.before = None
             self.last = rows.samples()
         return rows
+
+    def standing(self, layer: Layer) -> Standing | None:
+        """What stands in a layer in the place of softmax."""
+        return next((standing_in(m) for m, known in self.layers.items() if known.index == layer.index), None)
 
     def calls_seen(self) -> None:
         for a in self.stack():

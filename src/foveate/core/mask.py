@@ -95,6 +95,47 @@ class Mask:
         return cls(torch.minimum(low, high), high, keys, True, position, begin=begin)
 
     @classmethod
+    def of_padding(
+        cls,
+        real: Bool[Tensor, "batch key"] | None,
+        queries: int,
+        keys: int,
+        *,
+        causal: bool,
+        window: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Mask:
+        """Rows that see the real keys, in causal order or all of them, and of these at most `window` to a side.
+
+        The queries are the last of the keys. None: all keys are real.
+        """
+        position = torch.arange(queries, device=device) + max(0, keys - queries)
+        if real is None or bool(real.all()):
+            begin, end, valid = position.new_zeros(1), position.new_full((1,), keys), None
+        else:
+            count = real.sum(-1)
+            begin = real.to(torch.uint8).argmax(-1)
+            end = torch.where(count > 0, keys - real.flip(-1).to(torch.uint8).argmax(-1), begin)
+            valid = real[:, keys - queries :] if queries <= keys else None
+            if bool((end - begin != count).any()):
+                order = cls.of_padding(None, queries, keys, causal=causal, window=window, device=device)
+
+                def allowed(a: int, b: int) -> Tensor:
+                    rows = torch.arange(a, b, device=device)
+                    return order.allowed(rows, 0, keys) & real[:, None, None]
+
+                return cls.traced(allowed, queries, keys, device, position, valid, begin=begin.to(torch.int32))
+        low, high = begin[:, None].expand(-1, queries), end[:, None].expand(-1, queries)
+        if causal:
+            high = torch.minimum(high, position + 1)
+        if window is not None:
+            low = torch.maximum(low, position + 1 - window)
+            high = torch.minimum(high, position + window)
+        empty = high <= low
+        low, high = (t.masked_fill(empty, 0).to(torch.int32) for t in (low, high))
+        return cls(low, high, keys, causal, position, valid, begin=begin.to(torch.int32))
+
+    @classmethod
     def from_tensor(cls, mask: Tensor, position: Tensor | None = None) -> Mask:
         """From a boolean (True: may look) or additive mask of shape [batch|1, heads|1, query, key]."""
         queries, keys = mask.shape[-2:]

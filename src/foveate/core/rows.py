@@ -29,12 +29,12 @@ from foveate.core.mask import Mask
 from foveate.core.mechanism import Edit, Schedule, Tilt
 from foveate.core.places import within
 from foveate.core.reductions import Reduction, Sampled
-from foveate.core.rule import Rule, Softmax, lse_of
+from foveate.core.rule import Rule, lse_of
 
 __all__ = ["Engine", "Layer", "RowBlock", "Rows", "View", "attend"]
 
 Engine = Literal["auto", "reference", "blocks", "fused", "native", "tiled", "schedule", "sdpa"]
-SOFTMAX = Softmax()
+SOFTMAX = Rule()
 # larger blocks leave the cache between one stage and the next
 BLOCK_BYTES = 4 << 20
 # what `View` works out from the shapes when it is not given
@@ -75,6 +75,10 @@ class View:
         tokens: Token ids of the keys, [batch|1, key], where known.
         projection: Weight of the output projection, [model_dim, heads * value_dim], where known.
         layer: Which layer of the model this is.
+        rule: How scores are made and become weights; softmax attention where nothing else stands in the layer.
+        learned: The rule's own parameters, or None.
+        hidden: The layer's input at the queries, where a rule stands in it.
+        training: Whether the model is being trained.
 
     Raises:
         BadInput: shapes that do not fit each other.
@@ -93,6 +97,10 @@ class View:
     tokens: Int[Tensor, "#batch key"] | None = None
     projection: Float[Tensor, "model_dim inner"] | None = None
     layer: Layer = field(default_factory=Layer)
+    rule: Rule = SOFTMAX
+    learned: torch.nn.Module | None = None
+    hidden: Float[Tensor, "batch query width"] | None = None
+    training: bool = False
 
     def __post_init__(self) -> None:
         q, k, v = self.q, self.k, self.v
@@ -145,8 +153,10 @@ class View:
     @property
     def needs_grad(self) -> bool:
         tilt = None if self.tilt is None else self.tilt.bias
+        own = () if self.learned is None else self.learned.parameters()
         return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (self.q, self.k, self.v, self.sinks, self.bias, tilt)
+            t is not None and t.requires_grad
+            for t in (self.q, self.k, self.v, self.sinks, self.bias, tilt, self.hidden, *own)
         )
 
     def inside(self, spans: tuple[tuple[int, int], ...], place: Tensor) -> Bool[Tensor, "#batch tokens"]:
@@ -168,7 +178,6 @@ class RowBlock:
         first: First key that any of them may see.
         last: One past the last such key.
         dtype: Precision of scores and weights.
-        rule: Scores and normalisation.
         edits: What acts on scores and weights, in order.
         facts: Reductions of the unedited rows that the edits asked for.
         visited: Keys that a pattern visits, or None: all.
@@ -179,7 +188,6 @@ class RowBlock:
     first: int
     last: int
     dtype: torch.dtype
-    rule: Rule = SOFTMAX
     edits: tuple = ()
     facts: dict[Reduction, Any] = field(default_factory=dict)
     visited: Tensor | None = None
@@ -198,7 +206,7 @@ class RowBlock:
     def scores(self) -> Float[Tensor, "batch heads rows keys"]:
         """Scores with the model's own bias and mask: -inf where a row may not look. Edits of scores are in."""
         view = self.view
-        s = self.rule.score(self)
+        s = view.rule.score(self)
         if view.bias is not None:
             s = s + view.bias[..., self.index, :][..., self.first : self.last].to(s.dtype)
         if view.tilt is not None and view.tilt.bias is not None:
@@ -249,7 +257,7 @@ class RowBlock:
     @cached_property
     def weights(self) -> Float[Tensor, "batch heads rows keys"]:
         """Weights of keys first..last after normalisation and edits."""
-        p = self.rule.normalise(self, self.scores)
+        p = self.view.rule.normalise(self, self.scores)
         for edit in self.edits:
             p = edit.edit(self, p)
         return p
@@ -314,7 +322,6 @@ def attend(
     view: View,
     reductions: Sequence[Reduction] = (),
     *,
-    rule: Rule = SOFTMAX,
     edits: Sequence = (),
     pattern: Callable | None = None,
     schedule: Schedule | None = None,
@@ -327,7 +334,6 @@ def attend(
     Args:
         view: The attention call.
         reductions: What to compute on the way.
-        rule: Scores and normalisation.
         edits: Row edits in the order in which they act, tilts before all others; reductions see the edited weights.
         pattern: `select(view)` of a pattern: which key blocks each row block visits.
         schedule: In which order to compute what no engine has been named for, where nobody looks at rows.
@@ -341,12 +347,38 @@ def attend(
     Raises:
         NotSupported: the named engine cannot do what is asked; the message says why.
     """
-    wanted = tuple(dict.fromkeys(reductions))
-    given, unedited = tuple(edits), view
+    view = view.rule.prepare(view)
+    wanted, edits = tuple(dict.fromkeys(reductions)), tuple(edits)
+    mixed = None
+    if engine == "auto" and not (edits or wanted or pattern) and dtype is None:
+        mixed = view.rule.shortcut(view)
+    if mixed is None:
+        rows = passed(
+            view, wanted, edits, pattern=pattern, schedule=schedule, engine=engine, block=block, dtype=dtype
+        )
+    else:
+        rows = Rows(view, mixed, {}, "shortcut")
+    rows.out = view.rule.finish(view, rows.out)
+    return rows
+
+
+def passed(
+    view: View,
+    wanted: Sequence[Reduction],
+    given: Sequence,
+    *,
+    pattern: Callable | None = None,
+    schedule: Schedule | None = None,
+    engine: Engine = "auto",
+    block: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rows:
+    """One pass over the rows of a call that its rule has prepared; arguments as of `attend`."""
+    unedited = view
     edits = tuple(e for e in given if e.whole_rows and e.acts(view.layer.index))
     view, beyond = tilted(view, given)
     edits = (*edits, *beyond)
-    plain = type(rule) is Softmax and not edits
+    plain = view.rule.plain and not edits
     streamed = tuple(r for r in wanted if r.axis != "sample")
     if engine == "auto":
         whole = plain and pattern is None and dtype is None and not streamed and view.tilt is None
@@ -364,7 +396,7 @@ def attend(
             raise NotSupported(f"engine {engine!r}: {reason}; use 'blocks' or 'auto'")
 
     stages = Stages(
-        rule, edits, first_pass(unedited, edits), None if pattern is None else tiled.covered(view, pattern(view)), dtype
+        edits, first_pass(unedited, edits), None if pattern is None else tiled.covered(view, pattern(view)), dtype
     )
     found: dict[Reduction, Tensor]
     if engine == "sdpa":
@@ -445,7 +477,7 @@ def tilted_scores(
 def first_pass(view: View, edits: Sequence) -> dict[Reduction, Any]:
     """The reductions that edits need before they can act, from a pass in which nothing is edited."""
     needed = tuple(dict.fromkeys(r for edit in edits for r in edit.needs()))
-    return attend(view, needed).values if needed else {}
+    return passed(view, needed, ()).values if needed else {}
 
 
 def choose(
@@ -538,7 +570,6 @@ REFUSALS: dict[str, Callable[[View, Sequence[Reduction]], str]] = {
 class Stages:
     """What happens to the rows of one pass, whichever block they are in."""
 
-    rule: Rule
     edits: tuple
     facts: dict[Reduction, Any]
     visits: Any
@@ -551,7 +582,7 @@ class Stages:
         else:
             first, last = 0, view.keys
         dtype = self.dtype or (torch.float64 if view.q.dtype == torch.float64 else torch.float32)
-        block = RowBlock(view, index, first, last, dtype, self.rule, self.edits, self.facts)
+        block = RowBlock(view, index, first, last, dtype, self.edits, self.facts)
         if self.visits is not None:
             block.visited = self.visits.block(index, first, last)
         return block

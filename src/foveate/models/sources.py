@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 
+from foveate.core.converting import KEY, register, restore
 from foveate.core.errors import FoveateError, LoadError
 from foveate.models import checks
 
@@ -73,9 +75,14 @@ def open_pretrained(options: Options, source: str | Path, **where: Any) -> tuple
         with told_in_one_line(f"cannot open {options.name!r}"):
             config = AutoConfig.from_pretrained(source, **where)
             weights = {} if "gguf_file" in where else {"use_safetensors": True}
+            if said := getattr(config, KEY, None):
+                register()
             model, info = auto_class(config).from_pretrained(
                 source, config=config, dtype=options.dtype, output_loading_info=True, **weights, **where
             )
+            if said:
+                gone = restore(model, weight_files(source, where))
+                info["missing_keys"] = set(info["missing_keys"]) - set(gone)
         checks.check_weights(model, info, options.name)
         tokenizer = None
         if options.tokenizer:
@@ -85,6 +92,15 @@ def open_pretrained(options: Options, source: str | Path, **where: Any) -> tuple
             with told_in_one_line(f"{options.name!r} has no tokenizer that can be opened", hint):
                 tokenizer = AutoTokenizer.from_pretrained(source, **where)
     return model.eval(), tokenizer
+
+
+def weight_files(source: str | Path, where: dict[str, Any]) -> list[Path]:
+    """The safetensors files that a model was opened from: those of its folder, or of its snapshot of the hub."""
+    folder = Path(source)
+    if not folder.is_dir():
+        options = {k: where[k] for k in ("revision", "local_files_only") if k in where}
+        folder = Path(hf_hub_download(str(source), "config.json", **options)).parent
+    return sorted(folder.glob("*.safetensors"))
 
 
 def auto_class(config: Any) -> Any:

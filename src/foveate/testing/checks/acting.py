@@ -11,21 +11,21 @@ from foveate.core.attach import attach
 from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, Mechanism, Metric, Pattern, Visits
 from foveate.core.rows import Rows
 from foveate.core.rows import attend as attend_rows
+from foveate.core.rule import Rule
 from foveate.testing import tiny, views
 from foveate.testing.checks.measuring import acted, grid, output, same
 from foveate.testing.checks.running import ACTING, ATTACHED, INSIDE, Skip, check, expect
 
 
-@check(*ACTING)
+@check(*ACTING, Rule)
 def identity(m: Mechanism) -> None:
     """At the declared setting it changes nothing."""
     if m.identity is None:
         raise Skip("it declares no `identity`, a setting at which it changes nothing")
     nothing = replace(m, **m.identity)
     for name, view in grid(m, views.situations(without="long bfloat16")):
-        same(
-            acted(nothing, [view]), acted(HeadPass(), [view]), f"{name}, at {m.identity} against plain attention", 1e-5
-        )
+        found = acted(nothing, [view], fresh=True)
+        same(found, acted(HeadPass(), [view]), f"{name}, at {m.identity} against plain attention", 1e-5)
 
 
 @dataclass(frozen=True)

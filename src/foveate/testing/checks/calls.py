@@ -6,10 +6,10 @@ from foveate.core.mechanism import Mechanism, Metric
 from foveate.testing import views
 from foveate.testing.checks.leaks import entry
 from foveate.testing.checks.measuring import Numbers, grid, numbers, output, same, sampled
-from foveate.testing.checks.running import ATTACHED, check, expect
+from foveate.testing.checks.running import ROWS, check, expect
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def chunks(m: Mechanism) -> None:
     """A text read in chunks gives what one prefill gives."""
     for name, whole in grid(m, ["causal", "window", "sinks", "soft_cap", "multi_query"]):
@@ -18,7 +18,7 @@ def chunks(m: Mechanism) -> None:
         same(numbers(m, *cuts), numbers(m, view), f"{name}, three chunks against one prefill", bounds=False)
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def decode(m: Mechanism) -> None:
     """A text decoded token by token gives what one prefill gives."""
     for name, whole in grid(m, ["causal", "window", "sinks", "soft_cap"]):
@@ -31,7 +31,7 @@ def decode(m: Mechanism) -> None:
             same(found, numbers(m, view), f"{name}, token by token against one prefill", bounds=False)
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def lengths(m: Mechanism) -> None:
     """Any length works, and so do rows that see nothing; long texts give numbers."""
     odd = [

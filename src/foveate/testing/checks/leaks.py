@@ -26,13 +26,13 @@ from foveate.testing.checks.measuring import (
     streamed,
     two_layers,
 )
-from foveate.testing.checks.running import ATTACHED, check, expect
+from foveate.testing.checks.running import ROWS, check, expect
 from foveate.testing.views import mask_of
 
 __all__ = ["entry"]
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def padding(m: Mechanism) -> None:
     """A padded row gives what the same row gives alone: in one prefill, in chunks, and decoded."""
     for name, mask in {
@@ -64,7 +64,7 @@ def trimmed(found: Numbers, view: View, single: View) -> Numbers:
     return {label: x[:, : single.keys] if "(per key" in label else x for label, x in found.items()}
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def batch(m: Mechanism) -> None:
     """Other rows of the batch change nothing."""
     for name, view in grid(m, ["causal", "window", "full"]):
@@ -89,7 +89,8 @@ def entry(view: View) -> View:
     begin = None if whole.begin is None else whole.begin[:1]
     mask = replace(whole, low=whole.low[:1], high=whole.high[:1], begin=begin, valid=None)
     tokens = None if view.tokens is None else view.tokens[:1]
-    return replace(view, q=view.q[:1], k=view.k[:1], v=view.v[:1], mask=mask, tokens=tokens)
+    hidden = None if view.hidden is None else view.hidden[:1]
+    return replace(view, q=view.q[:1], k=view.k[:1], v=view.v[:1], mask=mask, tokens=tokens, hidden=hidden)
 
 
 def together(one: View, other: View, seen: bool = True) -> View:
@@ -99,7 +100,7 @@ def together(one: View, other: View, seen: bool = True) -> View:
     valid = None if seen else torch.tensor([[True], [False]]).expand(-1, one.queries)
     begin = None if mask.begin is None else mask.begin.expand(2)
     mask = replace(mask, low=low, high=high, begin=begin, valid=valid)
-    joined: dict[str, Any] = {n: torch.cat([getattr(one, n), getattr(other, n)[:1]]) for n in ("q", "k", "v", "tokens")}
+    joined: dict[str, Any] = {n: torch.cat([getattr(one, n), getattr(other, n)[:1]]) for n in ("q", "k", "v", "tokens", "hidden")}
     view = replace(one, mask=mask, **joined)
     return view if seen else views.poisoned(view)
 
@@ -110,7 +111,7 @@ def first_entry(m: RowMetric, rows: Rows) -> Numbers:
     return {label: x[0][:, counted] for label, x in m.per_row(rows).items()}
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def causal(m: Mechanism) -> None:
     """What comes later in a causal text has no influence on earlier rows."""
     for name in ("causal", "window", "sinks"):
@@ -120,7 +121,8 @@ def causal(m: Mechanism) -> None:
             continue
         real = torch.arange(22).expand(2, -1) < 14
         first.mask = replace(mask_of(first), valid=real)
-        late = {n: ~real if n == "tokens" else ~real[:, None, :, None] for n in ("q", "k", "v", "tokens")}
+        late: dict[str, Tensor] = {n: ~real[:, None, :, None] for n in ("q", "k", "v")}
+        late |= {"tokens": ~real, "hidden": ~real[..., None]}
         new: dict[str, Any] = {n: torch.where(at, getattr(other, n), getattr(first, n)) for n, at in late.items()}
         changed = replace(first, **new)
         a, b = (
@@ -130,7 +132,7 @@ def causal(m: Mechanism) -> None:
         same(a, b, f"{name}, rows 0 to 13 with other rows after them")
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def poison(m: Mechanism) -> None:
     """Garbage where nobody may look does not come through."""
     for name, view in grid(

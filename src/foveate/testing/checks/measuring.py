@@ -15,6 +15,7 @@ from foveate.core.mechanism import Edit, HeadEdit, Mechanism, Metric, Pattern, S
 from foveate.core.reductions import Reduction, Sample, Sampled
 from foveate.core.rows import Engine, Rows, View
 from foveate.core.rows import attend as attend_rows
+from foveate.core.rule import Operator, Rule, Sizes
 from foveate.testing import views
 from foveate.testing.checks.running import Broken, expect
 from foveate.testing.views import mask_of
@@ -24,10 +25,12 @@ __all__ = [
     "acted",
     "grid",
     "measured",
+    "moved",
     "numbers",
     "output",
     "readable",
     "rows_of",
+    "ruled",
     "same",
     "sampled",
     "streamed",
@@ -47,6 +50,8 @@ class WholeRows(Reduction):
 
 def readable(m: Mechanism, view: View) -> bool:
     """Whether the mechanism has a meaning on this call; the door to models leaves out what has none."""
+    if isinstance(m, Operator):
+        return m.causal if view.mask.causal else m.full
     return not isinstance(m, Metric | Edit) or all(can(r, view) for r in m.needs())
 
 
@@ -128,11 +133,17 @@ def real_keys(view: View, keys: int) -> Tensor | slice:
     return (~padded & (torch.arange(keys) >= mask.begin[0])).nonzero()[:, 0]
 
 
-def acted(m: Mechanism, calls: Sequence[View], engine: Engine = "auto", dtype: torch.dtype | None = None) -> Numbers:
-    """The head outputs of the real rows under an edit or pattern."""
+def acted(
+    m: Mechanism,
+    calls: Sequence[View],
+    engine: Engine = "auto",
+    dtype: torch.dtype | None = None,
+    fresh: bool = False,
+) -> Numbers:
+    """The head outputs of the real rows under an edit, a pattern or a rule."""
     outs = []
     for view in calls:
-        out = output(m, view, engine, dtype)
+        out = output(m, ruled(m, view, fresh) if isinstance(m, Rule) else view, engine, dtype)
         outs.append(out.movedim(1, 2)[view.mask.rows.expand(view.batch, -1)])
     return {"head outputs": torch.cat(outs)}
 
@@ -142,6 +153,8 @@ def output(
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """The head outputs of one call, as the mechanism leaves them."""
     options: dict[str, Any] = {"engine": engine, "dtype": dtype, "block": 4 if engine == "blocks" else None}
+    if isinstance(m, Rule):
+        return attend_rows(view if view.rule == m else ruled(m, view), **options).out
     if isinstance(m, Edit):
         return attend_rows(view, edits=[m], **options).out
     if isinstance(m, Pattern):
@@ -150,6 +163,25 @@ def output(
         return attend_rows(view, schedule=m, **options).out
     rows = attend_rows(view, **options)
     return m.edit(rows, rows.out) if isinstance(m, HeadEdit) else rows.out
+
+
+def ruled(m: Rule, view: View, fresh: bool = False) -> View:
+    """The call under a rule, whose parameters are fresh or, to see that they are used, a little away from that."""
+    dim, value_dim = view.q.shape[3], view.v.shape[3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        learned = m.learned(Sizes(views.WIDTH, view.heads, view.kv_heads, dim, view.layer.index, value_dim))
+        if learned is not None and not fresh:
+            moved(learned)
+    return replace(view, rule=m, learned=learned)
+
+
+@torch.no_grad()
+def moved(learned: torch.nn.Module) -> None:
+    """Moves parameters a little away from where they begin."""
+    for parameter in learned.parameters():
+        if parameter.is_floating_point():
+            parameter += 0.1 * torch.randn_like(parameter)
 
 
 def numbers(m: Mechanism, *calls: View, **options: Any) -> Numbers:

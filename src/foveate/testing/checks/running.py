@@ -26,6 +26,8 @@ from foveate.core.mechanism import (
     ResidualEdit,
     Schedule,
 )
+from foveate.core.mixer import Mixer
+from foveate.core.rule import Rule
 
 __all__ = [
     "ACTING",
@@ -34,6 +36,7 @@ __all__ = [
     "CHECKS",
     "EDITS",
     "INSIDE",
+    "ROWS",
     "Broken",
     "Check",
     "CheckFailed",
@@ -50,10 +53,12 @@ __all__ = [
 
 ACTING = (Edit, HeadEdit, Pattern, Schedule)
 ATTACHED = (Metric, *ACTING)
+# those that the row engine runs: the same, and what stands in the place of softmax
+ROWS = (*ATTACHED, Rule)
 # those that see no attention call: the residual stream, routers
 INSIDE = (ResidualEdit, ExpertEdit)
 EDITS = (Edit, HeadEdit, *INSIDE)
-ALL = (*ATTACHED, *INSIDE, PromptEdit, ModelMetric, Policy, Pruner)
+ALL = (*ROWS, *INSIDE, PromptEdit, ModelMetric, Policy, Pruner, Mixer)
 
 Verdict = Literal["passed", "skipped", "known failure", "failed"]
 

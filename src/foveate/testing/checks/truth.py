@@ -9,9 +9,10 @@ from torch import Tensor
 
 from foveate.core.mechanism import Mechanism, Metric
 from foveate.core.rows import REFUSALS, View
+from foveate.core.rule import Rule
 from foveate.testing import views
 from foveate.testing.checks.measuring import grid, numbers, output, same, streamed
-from foveate.testing.checks.running import ACTING, ATTACHED, check, expect
+from foveate.testing.checks.running import ACTING, ROWS, check, expect
 
 # one of each trait, and the traits that get in each other's way
 VARIED = [
@@ -36,7 +37,7 @@ VARIED = [
 ]
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def reference(m: Mechanism) -> None:
     """Every way of the row engine gives what the dense form in float64 gives."""
     for name, view in grid(m, VARIED):
@@ -52,7 +53,7 @@ def reference(m: Mechanism) -> None:
                 )
 
 
-@check(*ACTING)
+@check(*ACTING, Rule)
 def gradients(m: Mechanism) -> None:
     """The derivative of the head outputs is the one that finite differences give."""
     for name, base in grid(m, ["causal", "left_padded", "soft_cap"]):
@@ -79,7 +80,7 @@ def gradients(m: Mechanism) -> None:
             expect(close, f"{name}: the derivative along {n} is {found:.6g}, finite differences say {want:.6g}")
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def repeatable(m: Mechanism) -> None:
     """The same input gives the same numbers, whatever the global random state."""
     for name, view in grid(m, ["causal", "left_padded", "odd_length"]):
@@ -91,14 +92,14 @@ def repeatable(m: Mechanism) -> None:
         same(found[1], found[0], f"{name}, the second time", tolerance=0.0)
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def grouped(m: Mechanism) -> None:
     """Grouped heads give what repeated key-value heads give."""
     for name, view in grid(m, ["causal", "multi_query", "left_padded", "sinks", "cross"]):
         same(numbers(m, view), numbers(m, views.repeated(view)), f"{name}, grouped against repeated heads")
 
 
-@check(*ATTACHED)
+@check(*ROWS)
 def dtypes(m: Mechanism) -> None:
     """bfloat16 gives nearly what the same numbers in float32 give."""
     for name, view in grid(m, ["bfloat16"]):
