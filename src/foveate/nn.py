@@ -134,6 +134,12 @@ class Attention(nn.Module):
         # what comes from another sequence is filled once
         filled = self.crosses and past > 0
         seen = self.seen(x, past if filled else past + source.shape[1], mask)
+        if mask is not None and mask.ndim == 2:
+            # whatever stands in padding must not come through: 0 x NaN is NaN
+            if context is None:
+                x = source = torch.where(mask[:, past:, None], x, 0.0)
+            elif not filled:
+                source = torch.where(mask[..., None], source, 0.0)
         q = self.heads_of(self.q_proj(x))
         if filled:
             k, v = cache.layers[self.sizes.layer].keys, cache.layers[self.sizes.layer].values

@@ -22,12 +22,13 @@ The checks stand in files by what they are about, and run in this order:
     policies     those that say what stays in a KV cache
     prune        those that take parts out of a model
     exact        those that compute attention exactly, in an order of their own
+    replacing    those that stand in the place of attention
 
 Checks for a kind of mechanism of its own are one more file here and one more import below.
 """
 
 # isort: off
-from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune, exact
+from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune, exact, replacing
 # isort: on
 
 from foveate.testing.checks.models import COLUMNS
@@ -59,6 +60,7 @@ __all__ = [
     "models",
     "policies",
     "prune",
+    "replacing",
     "steering",
     "truth",
     "words",
