@@ -29,7 +29,7 @@ KINDS = [
 ]  # fmt: skip
 # rows and keys per block, and whether each head has its own
 BLOCKS = [None, (4, 3, True), (1, 5, False), (130, 70, True)]
-SIGMOID = -2.0
+SHIFT = -2.0
 
 
 @contextmanager
@@ -53,11 +53,11 @@ def visits_of(view: View, blocks: Any) -> Visits | None:
     return None if blocks is None else random_visits(view, *blocks)
 
 
-def derived(view: View, visits: Visits | None, sigmoid: float | None) -> dict[str, Tensor]:
+def derived(view: View, visits: Visits | None, activation: str | None) -> dict[str, Tensor]:
     """Outputs, log-sum-exps, and the derivatives of a number that both of them make."""
     leaves = [x.clone().requires_grad_() for x in (view.q, view.k, view.v)]
     call = replace(view, **dict(zip("qkv", leaves, strict=True)))
-    out, lse = tiled.attend(call, visits, sigmoid=sigmoid)
+    out, lse = tiled.attend(call, visits, activation=activation, shift=SHIFT if activation else 0.0)
     weigh = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     number = (out * weigh).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * weigh[..., 0]).sum()
     grads = torch.autograd.grad(number, leaves)
@@ -79,12 +79,12 @@ def near(a: Tensor, b: Tensor, what: str, tolerance: float = 3e-5) -> None:
 def test_kernel_and_pytorch_agree_on_values_and_derivatives(situation: str, blocks: Any) -> None:
     view = views.view(situation)
     visits, loose = visits_of(view, blocks), 3e-2 if view.q.dtype == torch.bfloat16 else 3e-5
-    for sigmoid in (None,) if view.sinks is not None else (None, SIGMOID):
-        got = derived(view, visits, sigmoid)
+    for activation in (None,) if view.sinks is not None else (None, *native.ACTIVATIONS):
+        got = derived(view, visits, activation)
         with without_kernel():
-            want = derived(view, visits, sigmoid)
+            want = derived(view, visits, activation)
         for name, x in want.items():
-            near(got[name], x, f"{name}, sigmoid {sigmoid}", loose)
+            near(got[name], x, f"{name}, activation {activation}", loose)
 
 
 @pytest.mark.parametrize("blocks", BLOCKS[:2], ids=str)
@@ -115,26 +115,45 @@ def dense(view: View, seen: Tensor) -> Tensor:
     return s.softmax(-1).nan_to_num(0.0) @ v
 
 
-def test_sigmoid_weights_by_their_definition() -> None:
-    view = views.view("left_padded")
-    out, lse = tiled.attend(view, sigmoid=SIGMOID)
-    k, v = (x.repeat_interleave(view.grouped, 1) for x in (view.k, view.v))
+DEFINED = {
+    "sigmoid": lambda s: 1 / (1 + torch.exp(-s)),
+    "relu": lambda s: s.clamp_min(0),
+    "softplus": lambda s: torch.log1p(torch.exp(s)),
+}
+
+
+@pytest.mark.parametrize("spread", [1.5, 60.0])
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_activations_by_their_definition(activation: str, spread: float) -> None:
+    view = views.view("left_padded", spread=spread)
+    out, total = tiled.attend(view, activation=activation, shift=SHIFT)
+    k, v = (x.repeat_interleave(view.grouped, 1).double() for x in (view.k, view.v))
     seen = view.mask.additive(torch.arange(view.queries), 0, view.keys) == 0
-    want = torch.sigmoid(view.q @ k.transpose(-1, -2) * view.scale + SIGMOID).masked_fill(~seen, 0.0) @ v
-    near(out, want, "sigmoid")
-    assert not lse.any()
+    weights = DEFINED[activation](view.q.double() @ k.transpose(-1, -2) * view.scale + SHIFT).masked_fill(~seen, 0.0)
+    near(out.double(), weights @ v, activation)
+    near(total.double(), weights.sum(-1), f"sum of {activation}")
 
 
-@pytest.mark.parametrize("sigmoid", [None, SIGMOID])
+def test_softplus_keeps_its_digits_far_below_zero() -> None:
+    q = torch.linspace(-80, 80, 4001)[None, None, :, None]
+    one = torch.ones(1, 1, 1, 1)
+    got = tiled.attend(View(q, one, one, scale=1.0), activation="softplus")[0].flatten().double()
+    want = torch.nn.functional.softplus(q.flatten().double())
+    # a score of -80 in units of ln 2 has itself been rounded
+    assert float(((got - want).abs() / want).max()) < 1e-5
+
+
+@pytest.mark.parametrize("activation", [None, *native.ACTIVATIONS])
 @pytest.mark.parametrize("blocks", [None, (4, 3, True)], ids=str)
-def test_derivatives_are_those_of_finite_differences(blocks: Any, sigmoid: float | None) -> None:
+def test_derivatives_are_those_of_finite_differences(blocks: Any, activation: str | None) -> None:
     small = {"batch": 1, "queries": 7, "keys": 7, "heads": 2, "kv_heads": 1, "dim": 3, "value_dim": 2}
     view = views.view("left_padded", softcap=2.0, mask=views.with_mask(left=(2,)), **small)
     leaves = [x.double().requires_grad_() for x in (view.q, view.k, view.v)]
     visits = visits_of(view, blocks)
 
     def numbers(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = tiled.attend(replace(view, q=q, k=k, v=v), visits, sigmoid=sigmoid)
+        shift = SHIFT if activation else 0.0
+        out, lse = tiled.attend(replace(view, q=q, k=k, v=v), visits, activation=activation, shift=shift)
         return out, lse.masked_fill(lse == -torch.inf, 0.0)
 
     assert torch.autograd.gradcheck(numbers, leaves)
@@ -247,9 +266,9 @@ def test_what_tiles_cannot_do_is_said(situation: str) -> None:
         tiled.attend(view)
 
 
-def test_a_sink_has_no_place_beside_sigmoids() -> None:
+def test_a_sink_has_no_place_beside_activations() -> None:
     with pytest.raises(BadInput, match="no normaliser"):
-        tiled.attend(views.view("sinks"), sigmoid=0.0)
+        tiled.attend(views.view("sinks"), activation="sigmoid")
 
 
 def test_head_counts_must_divide() -> None:
@@ -262,9 +281,9 @@ def test_the_kernel_refuses_what_it_cannot_do() -> None:
     rest: dict[str, Any] = {"scale": 1.0, "lo": view.mask.low, "hi": view.mask.high}
     rest |= {"query_position": view.mask.position.int()[None], "key_position": view.mask.position.int()[None]}
     with pytest.raises(ValueError, match="only outputs"):
-        native.attend(view.q, view.k, view.v, sigmoid=0.0, want_entropy=True, **rest)
+        native.attend(view.q, view.k, view.v, activation="sigmoid", want_entropy=True, **rest)
     with pytest.raises(ValueError, match="have no part"):
-        native.attend(view.q, view.k, view.v, sigmoid=0.0, sinks=torch.zeros(4), **rest)
+        native.attend(view.q, view.k, view.v, activation="sigmoid", sinks=torch.zeros(4), **rest)
     with pytest.raises(ValueError, match="at least 1"):
         native.attend(view.q, view.k, view.v, piece=0, **rest)
     ranges = tiled.Tiles.of(view, random_visits(view, 4, 4, True)).ranges

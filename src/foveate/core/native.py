@@ -18,10 +18,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.core.tiled import Ranges
 
-__all__ = ["MAX_WIDTH", "NativeResult", "attend", "available", "derive"]
+__all__ = ["ACTIVATIONS", "MAX_WIDTH", "NativeResult", "attend", "available", "derive"]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
+# in the order of kernels/tiles.hpp, behind softmax
+ACTIVATIONS = ("sigmoid", "relu", "softplus")
 # a multiple of what one register tile covers, whatever the processor
 _PANEL = 64
 
@@ -51,7 +53,7 @@ class _Call(ctypes.Structure):
         *_fields("sinks extra tilt tilted index", c_void_p),
         *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride index_stride", c_int64),
         ("ranges", _Ranges),
-        ("sigmoid", c_int64),
+        ("activation", c_int64),
         ("piece", c_int64),
         *_fields("scale softcap shift", c_double),
         *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
@@ -68,7 +70,7 @@ class _Back(ctypes.Structure):
         *_fields("lse shared lo hi", c_void_p),
         *_fields("lo_stride hi_stride", c_int64),
         ("ranges", _Ranges),
-        ("sigmoid", c_int64),
+        ("activation", c_int64),
         *_fields("scale shift", c_double),
         *_fields("dq dk dv", c_void_p),
     )
@@ -147,7 +149,8 @@ def attend(
     extra: Tensor | None = None,
     want_column: bool = False,
     ranges: Ranges | None = None,
-    sigmoid: float | None = None,
+    activation: str | None = None,
+    shift: float = 0.0,
     piece: int = 4096,
     threads: int | None = None,
 ) -> NativeResult:
@@ -181,7 +184,9 @@ def attend(
         extra: float32 [batch or 1, key, n], more value columns, the same for all heads.
         want_column: Ask for the mass that each key receives, summed over the queries.
         ranges: The stretches of keys that row blocks visit; by default all. Outputs and log-sum-exp only.
-        sigmoid: The bias b of weights sigmoid(score + b), which nothing normalises: log-sum-exps are 0. Outputs only.
+        activation: Weights are this function of score + shift (see `ACTIVATIONS`), and nothing normalises them: outputs
+            are sums, and in the place of log-sum-exps stand the sums of the weights. Nothing else can be asked for.
+        shift: What is added to the scores under an activation.
         piece: Keys per part where few rows have more of them and only outputs and log-sum-exps are asked for; the
             parts are work of their own.
         threads: By default what torch uses.
@@ -236,12 +241,12 @@ def attend(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
-    if (ranges is not None or sigmoid is not None) and (
+    if (ranges is not None or activation is not None) and (
         want_entropy or want_distance or within or match or extra is not None or want_column
     ):
-        raise ValueError("under a pattern, or with sigmoid weights, only outputs and log-sum-exps can be asked for")
-    if sigmoid is not None and sinks is not None:
-        raise ValueError("sigmoid weights are not normalised: sinks have no part in them")
+        raise ValueError("under a pattern, or an activation, only outputs and log-sum-exps can be asked for")
+    if activation is not None and sinks is not None:
+        raise ValueError("weights under an activation are not normalised: sinks have no part in them")
 
     rings = sorted(set(within))
     rows = (batch, heads, queries)
@@ -286,8 +291,8 @@ def attend(
         scale=scale,
         softcap=softcap or 0.0,
         ranges=_visited(ranges, batch, heads, queries),
-        sigmoid=sigmoid is not None,
-        shift=sigmoid or 0.0,
+        activation=_activation(activation),
+        shift=shift,
         piece=piece,
     )
     pointers = {
@@ -328,7 +333,8 @@ def derive(
     lo: Tensor,
     hi: Tensor,
     ranges: Ranges | None = None,
-    sigmoid: float | None = None,
+    activation: str | None = None,
+    shift: float = 0.0,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of `attend` with respect to queries, keys and values.
@@ -344,7 +350,8 @@ def derive(
         lo: int32 [batch or 1, query].
         hi: int32 [batch or 1, query].
         ranges: The stretches of keys that row blocks visit; by default all.
-        sigmoid: The bias of sigmoid weights.
+        activation: Of the weights, as of `attend`.
+        shift: What was added to the scores.
         threads: By default what torch uses.
 
     Returns:
@@ -375,9 +382,9 @@ def derive(
         lo_stride=_step(lo),
         hi_stride=_step(hi),
         ranges=_visited(ranges, batch, heads, queries),
-        sigmoid=sigmoid is not None,
+        activation=_activation(activation),
         scale=scale,
-        shift=sigmoid or 0.0,
+        shift=shift,
     )
     pointers = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "shared": shared, "lo": lo, "hi": hi}
     for name, tensor in (pointers | {"dq": dq, "dk": dk, "dv": dv}).items():
@@ -385,6 +392,10 @@ def derive(
     if library.foveate_back(ctypes.byref(call)):
         raise MemoryError(f"out of memory in derivatives of attention over {queries} queries and {keys} keys")
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _activation(name: str | None) -> int:
+    return 0 if name is None else 1 + ACTIVATIONS.index(name)
 
 
 def _visited(ranges: Ranges | None, batch: int, heads: int, queries: int) -> _Ranges:

@@ -4,8 +4,8 @@ r"""Exact attention over the key blocks that are visited, with memory linear in 
     out = o / l,        lse = m + ln l,        d = \sum out dout,                      ds = p (dout v^T - d + dlse)
 
 Row blocks walk over the key blocks that they visit; blocks that nobody visits cost nothing. The backward pass makes
-the weights p = e^{s - lse} again, tile by tile. For sigmoid attention p = \sigma(s + bias), rows have no normaliser,
-and ds = p (1 - p) dout v^T.
+the weights p = e^{s - lse} again, tile by tile. Under an activation f rows have no normaliser:
+out = \sum f(s + shift) v, the sum of the weights stands in the place of lse, and ds = f'(s + shift) (dout v^T + dsum).
 
 Two ways to the same numbers: the package's CPU kernel, which walks over stretches of adjacent blocks, and plain PyTorch
 on any device and in any dtype, where row blocks that visit equally many key blocks are one batch of matrix products.
@@ -13,7 +13,7 @@ on any device and in any dtype, where row blocks that visit equally many key blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,12 @@ __all__ = ["PIECE", "Ranges", "Tiles", "attend", "by_kernel", "covered", "refuse
 ROWS, KEYS = 64, 256
 # keys per part where few rows have many keys
 PIECE = 4096
+ALONE = {"sigmoid": torch.sigmoid, "relu": torch.relu, "softplus": torch.nn.functional.softplus}
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda s: torch.sigmoid(s) * torch.sigmoid(-s),
+    "relu": lambda s: (s > 0).to(s.dtype),
+    "softplus": torch.sigmoid,
+}
 # bytes of scores that one batch of tiles makes: more do not stay in the cache
 STEP_BYTES = 4 << 20
 
@@ -54,29 +60,36 @@ def refuses(view: View, reductions: Sequence[Reduction] = ()) -> str:
 
 
 def attend(
-    view: View, visits: Visits | None = None, *, sigmoid: float | None = None, piece: int = PIECE
+    view: View,
+    visits: Visits | None = None,
+    *,
+    activation: str | None = None,
+    shift: float = 0.0,
+    piece: int = PIECE,
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
     """Attention of one call over the key blocks that each row block visits; differentiable, twice not.
 
     Args:
         view: The attention call, without bias, tilt and dropout.
         visits: Which key blocks are visited; None: all that the mask lets through.
-        sigmoid: The bias of sigmoid attention, -ln N in the paper; None: softmax.
+        activation: Weights are this function of each score, and nothing normalises them: "sigmoid", "relu", "softplus";
+            None: softmax.
+        shift: What is added to the scores before that function.
         piece: Keys per part, by which the CPU kernel divides a few rows over many keys among the cores.
 
     Returns:
-        Head outputs in the dtype of the queries, and the log-sum-exp of each row, -inf for a row that sees nothing (for
-        sigmoid attention all zeros).
+        Head outputs in the dtype of the queries, and the log-sum-exp of each row, -inf for a row that sees nothing
+        (under an activation the sum of its weights).
 
     Raises:
         NotSupported: the call has something that is not in the tiles, see `refuses`.
-        BadInput: sigmoid attention with a learned sink.
+        BadInput: an activation with a learned sink.
     """
     if reason := refuses(view):
         raise NotSupported(f"tiled attention: {reason}")
-    if sigmoid is not None and view.sinks is not None:
-        raise BadInput("sigmoid attention has no normaliser that a learned sink could stand in")
-    call = Call(Tiles.of(view, visits), view.scale, view.softcap, sigmoid, piece)
+    if activation is not None and view.sinks is not None:
+        raise BadInput(f"{activation} attention has no normaliser that a learned sink could stand in")
+    call = Call(Tiles.of(view, visits), view.scale, view.softcap, activation, shift, piece)
     out, lse = Exact.apply(view.q, view.k, view.v, call)
     return (out, lse) if view.sinks is None else with_sinks(out, lse, view.sinks)
 
@@ -220,14 +233,16 @@ class Call:
         tiles: The visits.
         scale: Factor of the dot products.
         softcap: c of c tanh(s / c), or None.
-        sigmoid: Bias of sigmoid attention, or None.
+        activation: What makes weights of scores, None: softmax.
+        shift: What is added to the scores under an activation.
         piece: Keys per part of few rows.
     """
 
     tiles: Tiles
     scale: float
     softcap: float | None
-    sigmoid: float | None
+    activation: str | None
+    shift: float
     piece: int
 
 
@@ -257,7 +272,7 @@ class Exact(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         call: Call = ctx.call
         # what all weights of a row have in common
-        shared = (dout.to(lse) * out.to(lse)).sum(-1) - dlse
+        shared = -dlse if call.activation else (dout.to(lse) * out.to(lse)).sum(-1) - dlse
         way = kernel_back if by_kernel(q, v) and call.softcap is None else batched_back
         return *way((q, k, v, dout), lse, shared, call), None
 
@@ -277,7 +292,8 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
         key_position=at[:, : tiles.count],
         softcap=call.softcap,
         ranges=tiles.ranges,
-        sigmoid=call.sigmoid,
+        activation=call.activation,
+        shift=call.shift,
         piece=call.piece,
     )
     return found.out, found.lse
@@ -300,7 +316,8 @@ def kernel_back(
         lo=tiles.low.contiguous(),
         hi=tiles.high.contiguous(),
         ranges=tiles.ranges,
-        sigmoid=call.sigmoid,
+        activation=call.activation,
+        shift=call.shift,
     )
 
 
@@ -386,7 +403,7 @@ def batched(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     rows = rows.flatten(0, 1)
     keys, values = blocked(k.to(kind), tiles.keys), blocked(v.to(kind), tiles.keys)
     out = rows.new_zeros(len(rows), tiles.rows, v.shape[3])
-    lse = rows.new_full((len(rows), tiles.rows), -torch.inf if call.sigmoid is None else 0.0)
+    lse = rows.new_full((len(rows), tiles.rows), -torch.inf if call.activation is None else 0.0)
     for steps in batches(q, k, tiles):
         row = steps[0].row
         peak = rows.new_full((len(row), tiles.rows, 1), torch.finfo(kind).min)
@@ -396,8 +413,10 @@ def batched(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
                 continue
             some = rows[row].masked_fill(~one.allowed.any(2)[..., None], 0.0)
             s, _ = scores(some, gathered(keys, one), call)
-            if call.sigmoid is not None:
-                mixed += torch.sigmoid(s + call.sigmoid).masked_fill(~one.allowed, 0.0) @ gathered(values, one)
+            if call.activation is not None:
+                e = ALONE[call.activation](s + call.shift).masked_fill(~one.allowed, 0.0)
+                mass += e.sum(-1, keepdim=True)
+                mixed += e @ gathered(values, one)
                 continue
             s = s.masked_fill(~one.allowed, -torch.inf)
             higher = torch.maximum(peak, s.amax(-1, keepdim=True))
@@ -405,9 +424,11 @@ def batched(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             mass = fade * mass + e.sum(-1, keepdim=True)
             mixed = fade * mixed + e @ gathered(values, one)
             peak = higher
-        if call.sigmoid is None:
+        if call.activation is None:
             lse[row] = torch.where(mass > 0, peak + torch.log(mass), -torch.inf)[..., 0]
             mixed = mixed / torch.where(mass > 0, mass, 1.0)
+        else:
+            lse[row] = mass[..., 0]
         out[row] = mixed
     batch, heads, queries, _ = q.shape
     out = out.reshape(batch, heads, size[1] * tiles.rows, -1)[:, :, :queries]
@@ -432,12 +453,12 @@ def batched_back(
             some, given = (x[one.row].masked_fill(hidden, 0.0) for x in (rows, douts))
             key, value = gathered(keys, one), gathered(values, one)
             s, bend = scores(some, key, call)
-            if call.sigmoid is None:
-                p = torch.exp(s - lse[one.row].masked_fill(hidden, 0.0)).masked_fill(~one.allowed, 0.0)
-                ds = p * (given @ value.transpose(1, 2) - shared[one.row].masked_fill(hidden, 0.0))
+            if call.activation is None:
+                p = slope = torch.exp(s - lse[one.row].masked_fill(hidden, 0.0)).masked_fill(~one.allowed, 0.0)
             else:
-                p = torch.sigmoid(s + call.sigmoid).masked_fill(~one.allowed, 0.0)
-                ds = p * (1 - p) * (given @ value.transpose(1, 2))
+                p = ALONE[call.activation](s + call.shift).masked_fill(~one.allowed, 0.0)
+                slope = SLOPES[call.activation](s + call.shift).masked_fill(~one.allowed, 0.0)
+            ds = slope * (given @ value.transpose(1, 2) - shared[one.row].masked_fill(hidden, 0.0))
             ds = (ds if bend is None else ds * bend) * call.scale
             dq.index_add_(0, one.row, ds @ key)
             at = (one.pair[:, None], one.block)

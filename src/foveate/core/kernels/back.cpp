@@ -17,7 +17,7 @@ struct Back {
     const int32_t *lo, *hi;
     int64_t lo_stride, hi_stride;
     Ranges ranges;
-    int64_t sigmoid;
+    int64_t activation;
     double scale, shift;
     float *dq, *dk, *dv;  // [batch, heads, queries, width], [batch, groups, keys, width or values]
 };
@@ -68,7 +68,7 @@ struct Limits {
 };
 
 // Weights and ds of M rows against one panel of keys.
-template <int M, bool SIGMOID>
+template <int M, int ACT>
 void derive_tile(const float *q, const float *dout, const float *k, const float *v, int64_t width, int64_t values,
                  float *p, float *ds, const Limits *rows, int32_t first, int32_t lo, int32_t hi, float scale,
                  float shift) {
@@ -79,9 +79,13 @@ void derive_tile(const float *q, const float *dout, const float *k, const float 
         const int32_t from = std::max(lo, rows[r].lo), to = std::min(hi, rows[r].hi);
         for (int c = 0; c < LANES; ++c) {
             const vi at = key + splat(c * LANE);
-            vf x = SIGMOID ? -(acc[r][c] + splat(shift)) : acc[r][c] - splat(rows[r].lse);
-            x = x < splat(127.0f) ? larger(splat(-150.0f), x) : splat(127.0f);
-            const vf e = SIGMOID ? 1.0f / (1.0f + exp2(x)) : exp2(x);
+            vf e;
+            if constexpr (ACT == SOFTMAX) {
+                const vf x = acc[r][c] - splat(rows[r].lse);
+                e = exp2(x < splat(127.0f) ? larger(splat(-150.0f), x) : splat(127.0f));
+            } else {
+                e = activate<ACT>(acc[r][c] + splat(shift));
+            }
             store(p + r * STRIP_PITCH + c * LANE, (vf)((vi)e & (at >= splat(from)) & (at < splat(to))));
         }
     }
@@ -91,17 +95,20 @@ void derive_tile(const float *q, const float *dout, const float *k, const float 
     for (int r = 0; r < M; ++r)
         for (int c = 0; c < LANES; ++c) {
             const vf e = load(p + r * STRIP_PITCH + c * LANE);
-            vf x = SIGMOID ? (e - e * e) * acc[r][c] : e * (acc[r][c] - splat(rows[r].shared));
+            vf by = e;
+            if constexpr (ACT != SOFTMAX) by = slope<ACT>(e);
+            vf x = by * (acc[r][c] - splat(rows[r].shared));
             // what has no weight has no derivative, whatever stands in its value
             x = (vf)((vi)(x * scale) & (e != vf{}));
             store(ds + r * STRIP_PITCH + c * LANE, x);
         }
 }
 
-template <bool SIGMOID>
-constexpr decltype(&derive_tile<1, SIGMOID>) DERIVE[] = {derive_tile<1, SIGMOID>, derive_tile<2, SIGMOID>,
-                                                         derive_tile<3, SIGMOID>, derive_tile<4, SIGMOID>,
-                                                         derive_tile<5, SIGMOID>, derive_tile<6, SIGMOID>};
+template <int ACT>
+constexpr decltype(&derive_tile<1, ACT>) DERIVE[] = {derive_tile<1, ACT>, derive_tile<2, ACT>, derive_tile<3, ACT>,
+                                                     derive_tile<4, ACT>, derive_tile<5, ACT>, derive_tile<6, ACT>};
+constexpr const decltype(&derive_tile<1, SOFTMAX>) *DERIVE_AS[] = {DERIVE<SOFTMAX>, DERIVE<SIGMOID>, DERIVE<RELU>,
+                                                                   DERIVE<SOFTPLUS>};
 
 // (query, head) pairs of some heads of a group, heads fastest.
 struct RowBlock {
@@ -287,7 +294,7 @@ void Derivation::strip(int64_t pair, const RowBlock &t, Scratch &w, int32_t firs
         if (tile.first < from || tile.first >= to) continue;
         float *p = w.p.p + tile.first * STRIP_PITCH, *ds = w.ds.p + tile.first * STRIP_PITCH;
         for (int32_t at = first; at < last; at += PANEL)
-            (c.sigmoid ? DERIVE<true> : DERIVE<false>)[tile.rows - 1](
+            DERIVE_AS[c.activation][tile.rows - 1](
                 w.q_tiles.p + tile.first * c.width, w.dout_tiles.p + tile.first * c.values,
                 k_panels.p + (pair * padded + at) * c.width, v_panels.p + (pair * padded + at) * c.values, c.width,
                 c.values, p + (at - first), ds + (at - first), &w.rows[tile.first], at, lo, hi, c.scale,

@@ -22,7 +22,7 @@ struct Call {
     const int32_t *index;                     // which row of k and v each key is; null: its own number
     int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
     Ranges ranges;                            // which keys row blocks visit
-    int64_t sigmoid;                          // weights are sigmoids of score + shift, and nothing is normalised
+    int64_t activation;                       // weights are functions of score + shift, and nothing is normalised
     int64_t piece;                            // keys per part where few rows have many
     double scale, softcap, shift;             // softcap 0: none
     float *out;                               // [batch, queries, heads, values]
@@ -169,18 +169,23 @@ void weigh(float *s, int64_t n, float peak, const float *position, float here, f
     store(sum + DISTANCE * LANE, far);
 }
 
-// Turns the scores of one row into sigmoids of score + shift, in place; what it does not see becomes zero.
-void weigh_sigmoid(float *s, int64_t n, float shift, float *sum) {
-    const vf by = splat(shift), top = splat(127.0f);
+// Turns the scores of one row into functions of score + shift, in place; what it does not see becomes zero.
+template <int ACT>
+void weigh_alone(float *s, int64_t n, float shift, float *sum) {
+    const vf by = splat(shift);
     vf mass = load(sum + MASS * LANE);
     for (int64_t j = 0; j < n; j += LANE) {
-        const vf x = -(load(s + j) + by);
-        const vf e = 1.0f / (1.0f + exp2(x < top ? larger(splat(-150.0f), x) : top));
+        const vf x = load(s + j);
+        // hidden keys stand at minus infinity
+        const vf e = (vf)((vi)activate<ACT>(x + by) & (x != splat(-INF)));
         store(s + j, e);
         mass += e;
     }
     store(sum + MASS * LANE, mass);
 }
+
+constexpr decltype(&weigh_alone<SIGMOID>) ALONE[] = {nullptr, weigh_alone<SIGMOID>, weigh_alone<RELU>,
+                                                     weigh_alone<SOFTPLUS>};
 
 template <int N>
 void match_labels(const float *e, int64_t n, const int32_t *const *labels, const int32_t *wanted, float *sum) {
@@ -331,7 +336,7 @@ void Job::add_blocks(int64_t b, int64_t g, int64_t head, int64_t heads) {
 // Adds a block, in parts where few rows have many keys and nothing but their outputs is asked for. The parts do not
 // depend on the count of threads.
 void Job::add(Block t) {
-    const bool plain = !c.entropy && !c.distance && !c.withins && !c.matches && !c.extras && !c.column && !c.sigmoid;
+    const bool plain = !c.entropy && !c.distance && !c.withins && !c.matches && !c.extras && !c.column && !c.activation;
     const int64_t span = t.hi - t.lo, pieces = (span + c.piece - 1) / c.piece;
     if (c.queries * share > block || !plain || c.ranges.start || pieces < 2) return blocks.push_back(t);
     t.pieces = pieces;
@@ -561,7 +566,7 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
 void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const {
     Row &row = w.rows[r];
     float *sum = w.sum.p + r * sums * LANE, *near = w.near.p + r * c.withins, *o = w.o.p + r * padded;
-    if (c.sigmoid) return weigh_sigmoid(s + from, to - from, c.shift * LOG2E, sum);
+    if (c.activation) return ALONE[c.activation](s + from, to - from, c.shift * LOG2E, sum);
     const float peak = std::max(row.peak, largest(load(w.peak.p + r * LANE)));
     if (peak > row.peak && row.peak > -INF) {
         const float fade = std::exp2(row.peak - peak);
@@ -643,8 +648,8 @@ void Job::finish(const Block &t, Workspace &w) const {
         const double sink = c.sinks ? c.sinks[row.head] * LOG2E : -INF;
         const double top = std::max<double>(row.peak, sink);
         const bool empty = row.lo >= row.hi || mass == 0;
-        double lse = c.sigmoid ? 0 : -INF;
-        if (c.sigmoid) row.factor = 1;
+        double lse = -INF;
+        if (c.activation) row.factor = 1;
         else if (!empty) {
             const double norm = mass * std::exp2(row.peak - top) + std::exp2(sink - top);
             lse = top + std::log2(norm);
@@ -653,7 +658,7 @@ void Job::finish(const Block &t, Workspace &w) const {
         const auto weighted = [&](double x) { return empty ? 0.0f : float(x * row.factor); };
         const int64_t at = (t.batch * c.heads + row.head) * c.queries + row.query;
         const int64_t all = c.batch * c.heads * c.queries;
-        c.lse[at] = lse * LN2;
+        c.lse[at] = c.activation ? mass : lse * LN2;
         if (c.entropy) c.entropy[at] = weighted((mass * (lse - row.peak) - surprise) * LN2);
         if (c.distance) c.distance[at] = weighted(total(load(sum + DISTANCE * LANE)));
         double near = 0;

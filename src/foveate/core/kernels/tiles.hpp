@@ -126,6 +126,43 @@ INLINE vf exp2(vf x) {
 #endif
 }
 
+// Weights that are functions of single scores, which nothing normalises; in the order of native.py.
+enum Activation { SOFTMAX, SIGMOID, RELU, SOFTPLUS };
+
+// The weight of a score that is in units of ln 2.
+template <int ACT>
+INLINE vf activate(vf y) {
+    if (ACT == RELU) return (vf)((vi)(y * splat(float(LN2))) & ~(y <= vf{}));
+    const vf top = splat(127.0f), low = splat(-150.0f);
+    if (ACT == SIGMOID) {
+        const vf x = -y;
+        return 1.0f / (1.0f + exp2(x < top ? larger(low, x) : top));
+    }
+    // ln(1 + e^x) = max(x, 0) + 2 atanh(e / (2 + e)), e = e^-|x|
+    const vf e = exp2(larger(low, -magnitude(y)));
+    const vf z = e / (2.0f + e), w = z * z;
+    vf p = splat(2.0f / 15);
+    p = p * w + splat(2.0f / 13);
+    p = p * w + splat(2.0f / 11);
+    p = p * w + splat(2.0f / 9);
+    p = p * w + splat(2.0f / 7);
+    p = p * w + splat(2.0f / 5);
+    p = p * w + splat(2.0f / 3);
+    p = p * w + splat(2.0f);
+    return p * z + (vf)((vi)(y * splat(float(LN2))) & ~(y <= vf{}));
+}
+
+// Its derivative, from the weight.
+template <int ACT>
+INLINE vf slope(vf e) {
+    if (ACT == SIGMOID) return e - e * e;
+    if (ACT == RELU) return (vf)((vi)splat(1.0f) & (e > vf{}));
+    // 1 - e^-weight, by its series where that would lose digits
+    const vf low = e * (1.0f - e * (0.5f - e * (splat(1.0f / 6) - e * splat(1.0f / 24))));
+    const vf x = e * splat(float(-LOG2E));
+    return e < splat(0.03f) ? low : 1.0f - exp2(larger(splat(-150.0f), x));
+}
+
 INLINE vf tanh(vf x) {
     const vf a = magnitude(x), z = x * x;
     // Near zero 1 - 2 / (e^2x + 1) loses all relative precision: use the odd series there.
