@@ -20,8 +20,6 @@ from foveate.core.rows import Layer, View
 __all__ = ["Situation", "alone", "chunk", "mask_of", "poisoned", "repeated", "situations", "view", "with_mask"]
 
 WORDS = 7
-# of what stands for the layer's input
-WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,6 @@ def view(name: str, seed: int = 0, **changed: Any) -> View:
         tokens=None if s.cross else torch.randint(0, WORDS, (s.batch, s.keys), generator=rng),
         projection=normal(12, s.heads * s.value_dim),
         layer=Layer(1, f"tiny.{name}", s.cross),
-        hidden=normal(s.batch, s.queries, WIDTH).to(s.dtype),
     )
 
 
@@ -243,7 +240,6 @@ def chunk(whole: View, start: int, stop: int) -> View:
         q=whole.q[:, :, start:stop],
         k=whole.k[:, :, :keys],
         v=whole.v[:, :, :keys],
-        hidden=None if whole.hidden is None else whole.hidden[:, start:stop],
         mask=replace(
             mask,
             low=low,
@@ -271,7 +267,6 @@ def alone(padded: View, entry: int, first: int, last: int) -> View:
         q=padded.q[one, :, first:last],
         k=padded.k[one, :, first:last],
         v=padded.v[one, :, first:last],
-        hidden=None if padded.hidden is None else padded.hidden[one, first:last],
         mask=Mask(low, high, last - first, mask.causal, torch.arange(last - first), begin=begin),
         bias=None if padded.bias is None else padded.bias[..., first:last, first:last],
         tokens=None if padded.tokens is None else padded.tokens[one, first:last],
@@ -288,7 +283,6 @@ def poisoned(clean: View, value: float = float("nan")) -> View:
         q=clean.q.masked_fill(no_row, value),
         k=clean.k.masked_fill(no_key, value),
         v=clean.v.masked_fill(no_key, value),
-        hidden=None if clean.hidden is None else clean.hidden.masked_fill(no_row[:, 0], value),
     )
 
 

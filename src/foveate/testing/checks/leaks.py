@@ -89,8 +89,7 @@ def entry(view: View) -> View:
     begin = None if whole.begin is None else whole.begin[:1]
     mask = replace(whole, low=whole.low[:1], high=whole.high[:1], begin=begin, valid=None)
     tokens = None if view.tokens is None else view.tokens[:1]
-    hidden = None if view.hidden is None else view.hidden[:1]
-    return replace(view, q=view.q[:1], k=view.k[:1], v=view.v[:1], mask=mask, tokens=tokens, hidden=hidden)
+    return replace(view, q=view.q[:1], k=view.k[:1], v=view.v[:1], mask=mask, tokens=tokens)
 
 
 def together(one: View, other: View, seen: bool = True) -> View:
@@ -100,7 +99,7 @@ def together(one: View, other: View, seen: bool = True) -> View:
     valid = None if seen else torch.tensor([[True], [False]]).expand(-1, one.queries)
     begin = None if mask.begin is None else mask.begin.expand(2)
     mask = replace(mask, low=low, high=high, begin=begin, valid=valid)
-    joined: dict[str, Any] = {n: torch.cat([getattr(one, n), getattr(other, n)[:1]]) for n in ("q", "k", "v", "tokens", "hidden")}
+    joined: dict[str, Any] = {n: torch.cat([getattr(one, n), getattr(other, n)[:1]]) for n in ("q", "k", "v", "tokens")}
     view = replace(one, mask=mask, **joined)
     return view if seen else views.poisoned(view)
 
@@ -121,8 +120,7 @@ def causal(m: Mechanism) -> None:
             continue
         real = torch.arange(22).expand(2, -1) < 14
         first.mask = replace(mask_of(first), valid=real)
-        late: dict[str, Tensor] = {n: ~real[:, None, :, None] for n in ("q", "k", "v")}
-        late |= {"tokens": ~real, "hidden": ~real[..., None]}
+        late = {n: ~real if n == "tokens" else ~real[:, None, :, None] for n in ("q", "k", "v", "tokens")}
         new: dict[str, Any] = {n: torch.where(at, getattr(other, n), getattr(first, n)) for n, at in late.items()}
         changed = replace(first, **new)
         a, b = (

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 Numbers = dict[str, Tensor]
+# of what stands for the input of a layer
+WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,19 @@ def output(
 
 
 def ruled(m: Rule, view: View, fresh: bool = False) -> View:
-    """The call under a rule, whose parameters are fresh or, to see that they are used, a little away from that."""
+    """The call under a rule, whose parameters are fresh or, to see that they are used, a little away from that.
+
+    What stands for the layer's input is made of the queries, so that whatever happens to these happens to it.
+    """
     dim, value_dim = view.q.shape[3], view.v.shape[3]
+    by = torch.randn(view.heads * dim, WIDTH, generator=torch.Generator().manual_seed(7)).to(view.q.dtype)
+    hidden = view.q.transpose(1, 2).flatten(2) @ by
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        learned = m.learned(Sizes(views.WIDTH, view.heads, view.kv_heads, dim, view.layer.index, value_dim))
+        learned = m.learned(Sizes(WIDTH, view.heads, view.kv_heads, dim, view.layer.index, value_dim))
         if learned is not None and not fresh:
             moved(learned)
-    return replace(view, rule=m, learned=learned)
+    return replace(view, rule=m, learned=learned, hidden=hidden)
 
 
 @torch.no_grad()
