@@ -1,6 +1,6 @@
 r"""One attention module around any rule or mixer: `Attention(dim, heads, kv_heads, rule=…)`.
 
-    q, k, v = W_q x, W_k c, W_v c,    c = x, or another sequence,    out = W_o concat_h(rule(q_h, k_h, v_h))
+q, k, v = W_q x, W_k c, W_v c,    c = x, or another sequence,    out = W_o concat_h(rule(q_h, k_h, v_h))
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Attention(nn.Module):
         if isinstance(operator, Mixer):
             if self.crosses or window is not None:
                 what = f"context_dim={context_dim}" if self.crosses else f"window={window}"
-                raise BadInput(f"{type(operator).__name__} mixes the tokens of one sequence, all of them; leave {what} out")
+                raise BadInput(
+                    f"{type(operator).__name__} mixes the tokens of one sequence, all of them; leave {what} out"
+                )
         else:
             source = context_dim or dim
             self.q_proj = nn.Linear(dim, heads * width, bias=bias)

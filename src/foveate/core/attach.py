@@ -330,7 +330,9 @@ class Attached:
     @cached_property
     def blocks(self) -> dict[torch.nn.Module, int]:
         """The modules that add one layer each to the residual stream, by an attention that knows where its rows are."""
-        return blocks(self.model, {m: layer.index for m, layer in self.layers.items() if not isinstance(m, Gone | Mixed)})
+        return blocks(
+            self.model, {m: layer.index for m, layer in self.layers.items() if not isinstance(m, Gone | Mixed)}
+        )
 
     @cached_property
     def routers(self) -> dict[torch.nn.Module, int]:
@@ -444,7 +446,13 @@ class Attached:
             cache.settle(mask.valid)
             store = cache.store
             only = chosen(policies, layers, at, call, mask)
-            if self.idle and call.rule.plain and call.bias is None and not call.needs_grad and not store.kernel_refuses(mask):
+            if (
+                self.idle
+                and call.rule.plain
+                and call.bias is None
+                and not call.needs_grad
+                and not store.kernel_refuses(mask)
+            ):
                 self.calls_seen()
                 out = store.attend(call.q, mask, call.scale, call.softcap, call.sinks, only)
             else:

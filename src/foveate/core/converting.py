@@ -36,9 +36,7 @@ KEY = "foveate_attention"
 VALUE_PROJECTIONS = ("v_proj", "value", "v_lin", "v")
 
 
-def convert(
-    model: PreTrainedModel, rule: Operator | str, layers: int | Iterable[int] | None = None
-) -> PreTrainedModel:
+def convert(model: PreTrainedModel, rule: Operator | str, layers: int | Iterable[int] | None = None) -> PreTrainedModel:
     """Puts another attention into a loaded model, in place.
 
     Under a rule all weights stay, and the rule's own parameters come beside them; a mixer takes the place of the
@@ -182,7 +180,9 @@ def sizes_of(model: PreTrainedModel, module: torch.nn.Module, number: int) -> Si
     heads = next((n for k in HEADS if isinstance(n := getattr(config, k, None), int)), None)
     width = next((n for k in WIDTHS if isinstance(n := getattr(config, k, None), int)), None)
     if heads is None or width is None:
-        raise NotSupported(f"{type(module).__name__} does not say how many heads it has, so no rule can be sized for it")
+        raise NotSupported(
+            f"{type(module).__name__} does not say how many heads it has, so no rule can be sized for it"
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or width // heads
     cached = getattr(module, "layer_idx", None)

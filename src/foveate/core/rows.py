@@ -353,9 +353,7 @@ def attend(
     if engine == "auto" and not (edits or wanted or pattern) and dtype is None:
         mixed = view.rule.shortcut(view)
     if mixed is None:
-        rows = passed(
-            view, wanted, edits, pattern=pattern, schedule=schedule, engine=engine, block=block, dtype=dtype
-        )
+        rows = passed(view, wanted, edits, pattern=pattern, schedule=schedule, engine=engine, block=block, dtype=dtype)
     else:
         rows = Rows(view, mixed, {}, "shortcut")
     rows.out = view.rule.finish(view, rows.out)

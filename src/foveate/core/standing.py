@@ -18,7 +18,18 @@ from foveate.core.rows import Rows, View, attend
 from foveate.core.rule import Operator, Sizes
 from foveate.core.written import read, written
 
-__all__ = ["CACHES", "OTHERS", "Mixed", "Standing", "auxiliary_loss", "called", "check_form", "named", "recalled", "use_cache"]
+__all__ = [
+    "CACHES",
+    "OTHERS",
+    "Mixed",
+    "Standing",
+    "auxiliary_loss",
+    "called",
+    "check_form",
+    "named",
+    "recalled",
+    "use_cache",
+]
 
 # what attention modules of transformers call their cache, and another sequence that they look at
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -126,7 +137,15 @@ class Mixed(torch.nn.Module):
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         seen = 0 if cache is None else cache.get_seq_length(self.rule.sizes.layer)
         mask = as_mask(
-            given.get("attention_mask"), self, x.shape[1], seen + x.shape[1], x.device, None, None, cross=False, offset=seen
+            given.get("attention_mask"),
+            self,
+            x.shape[1],
+            seen + x.shape[1],
+            x.device,
+            None,
+            None,
+            cross=False,
+            offset=seen,
         )
         return self.rule.mix(x, mask, cache), None
 

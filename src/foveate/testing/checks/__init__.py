@@ -28,7 +28,19 @@ Checks for a kind of mechanism of its own are one more file here and one more im
 """
 
 # isort: off
-from foveate.testing.checks import words, truth, leaks, calls, acting, steering, models, policies, prune, exact, replacing
+from foveate.testing.checks import (
+    words,
+    truth,
+    leaks,
+    calls,
+    acting,
+    steering,
+    models,
+    policies,
+    prune,
+    exact,
+    replacing,
+)
 # isort: on
 
 from foveate.testing.checks.models import COLUMNS

@@ -21,6 +21,7 @@ from foveate.core.errors import BadInput
 from foveate.core.mechanism import Mechanism
 from foveate.core.mixer import Mixer
 from foveate.core.rule import Operator, Rule
+from foveate.core.standing import named
 from foveate.testing import tiny
 from foveate.testing.checks.measuring import moved, same
 from foveate.testing.checks.running import Skip, check, expect
@@ -101,7 +102,9 @@ def remembers(m: Operator) -> None:
                 cache.reorder_cache(torch.tensor([1, 0]))
                 cache.reorder_cache(torch.tensor([1, 0]))
         got = torch.cat(parts, 1)
-        agree(torch.where(real[..., None], got, 0.0), torch.where(real[..., None], want, 0.0), f"{name} against at once")
+        agree(
+            torch.where(real[..., None], got, 0.0), torch.where(real[..., None], want, 0.0), f"{name} against at once"
+        )
     cache = DynamicCache()
     module(x[:, :12], mask=real[:, :12], cache=cache)
     cache.batch_select_indices(torch.tensor([1]))
@@ -224,6 +227,7 @@ def refuses(call: Any, *args: Any, **options: Any) -> bool:
 def converts(m: Operator) -> None:
     """In a converted model: padded as alone, cached as at once, saved and loaded as it was, and copied."""
     from foveate.models import load
+    from foveate.models.sources import quiet
 
     family = "llama" if m.causal else "bert"
     model, inputs = tiny.model(family), tiny.inputs(family, padding="left" if m.causal else "right", length=14)
@@ -253,7 +257,11 @@ def converts(m: Operator) -> None:
         agree(torch.cat(parts, 1)[real], want[real], f"in {family}, cached against at once", 2e-3)
     agree(first(copy.deepcopy(model)(**inputs)), want, "a copy of the model", 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
+        if "name" not in named(m):
+            expect(refuses(load, folder, tokenizer=False), "a model with an operator that no registry knows is opened")
+            return
         again, _ = load(folder, tokenizer=False)
         agree(first(again(**inputs)), want, "saved and loaded", 1e-5)
 
