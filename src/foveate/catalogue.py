@@ -116,10 +116,14 @@ def read(thing: Any) -> Doc:
 
 
 def kind(cls: type) -> str:
-    """The kind as the vocabulary has it, for instance `Metric` or `Edit`: what stands right under `Mechanism`."""
-    from foveate.core.mechanism import Mechanism
+    """The kind as the vocabulary has it, for instance `Metric` or `Rule`: what stands right under `Mechanism`.
 
-    return next(c.__name__ for c in cls.__mro__ if Mechanism in c.__bases__)
+    Operators are of two kinds, which stand one step lower.
+    """
+    from foveate.core.mechanism import Mechanism
+    from foveate.core.rule import Operator
+
+    return next(c.__name__ for c in cls.__mro__ if {Mechanism, Operator} & {*c.__bases__} and c is not Operator)
 
 
 def param(field: dataclasses.Field, meaning: str) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch query dim"],
         context: Float[Tensor, "batch key context_dim"] | None = None,
         *,
-        mask: Bool[Tensor, "batch key"] | Bool[Tensor, "batch heads query key"] | None = None,
+        mask: Bool[Tensor, "batch key"] | Bool[Tensor, "#batch #heads query key"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch query dim"]:
         """The output for each token of x; zeros before the output's bias for one that sees nothing.
