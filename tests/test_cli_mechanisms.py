@@ -19,7 +19,7 @@ import pytest
 import foveate
 from foveate import catalogue, cli
 from foveate.cli import new
-from foveate.core import mechanism, registry
+from foveate.core import mechanism, mixer, registry, rule
 from foveate.core.card import BLANK
 from foveate.testing import checks_for
 
@@ -150,13 +150,19 @@ def test_show_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, name:
 
 
 # the others take longer, and a skeleton is no place where they would break
-QUICK = ("form", "bounds", "dtypes", "landing", "detaching", "table")
+QUICK = ("form", "bounds", "dtypes", "landing", "detaching", "table", "short", "narrow")
+# every kind of mechanism by name
+CLASSES = {
+    c.__name__: c
+    for module in (mechanism, rule, mixer)
+    for c in vars(module).values()
+    if isinstance(c, type) and issubclass(c, mechanism.Mechanism) and c not in (mechanism.Mechanism, rule.Operator)
+}
 KINDS = [(verb, kind) for verb, kinds in new.templates().items() for kind in kinds]
 
 
 def test_every_kind_has_a_template() -> None:
-    kinds = {c.__name__ for c in vars(mechanism).values() if isinstance(c, type) and issubclass(c, mechanism.Mechanism)}
-    assert {kind for _, kind in KINDS} == kinds - {"Mechanism"}, f"add VERB-ORDER-KIND.txt to {new.TEMPLATES.name}/"
+    assert {kind for _, kind in KINDS} == set(CLASSES), f"add VERB-ORDER-KIND.txt to {new.TEMPLATES.name}/"
     assert {verb for verb, _ in KINDS} <= set(registry.VERBS)
 
 
@@ -188,7 +194,7 @@ def test_a_skeleton_is_checked_and_tells_what_to_fill_in(run: Run, verb: str, ki
     assert done.code == 0
     assert f"foveate check {name}.py" in done.out
     assert BLANK in Path(f"{name}.py").read_text().lower()
-    fitting = [c for c in QUICK if c in checks_for(getattr(mechanism, kind))]
+    fitting = [c for c in QUICK if c in checks_for(CLASSES[kind])]
     done = run("check", f"{name}.py", "--json", *(f"--only={c}" for c in fitting))
     failed = {c: o["why"] for c, o in outcomes(done).items() if o["verdict"] == "failed"}
     assert set(failed) == {"form"}

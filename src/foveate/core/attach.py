@@ -1,4 +1,4 @@
-"""The one door to models. No other file touches one.
+"""The one door to models, beside `converting.py`, which changes them for good. No other file touches one.
 
 `attach` registers an attention function and its mask function with transformers for as long as its context lives,
 points the model's configurations at them, and takes everything back on the way out, also after an exception.
