@@ -14,7 +14,7 @@ from foveate.core import landing
 from foveate.core.attach import ACTIVE, attach
 from foveate.core.errors import BadInput, NothingObserved, NotLanded, NotSupported
 from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, ResidualEdit, Stream, Tilt
-from foveate.core.places import Span, some_heads, some_indices, some_spans
+from foveate.core.places import Span, Value, some_heads, some_indices, some_spans, values_of
 from foveate.measure import Entropy
 from foveate.steer import InitialTokenScale
 from foveate.testing import tiny
@@ -113,6 +113,27 @@ def test_the_layer_that_stays_still_is_named() -> None:
 
     with pytest.raises(NotLanded, match="changes nothing in layer 1 of"), attach(tiny.model("llama"), Half((0, 1))):
         pass
+
+
+def test_a_layer_named_by_a_number_for_one_of_its_heads_must_move() -> None:
+    @dataclass(frozen=True)
+    class Numbered(HeadEdit):
+        """Takes numbers for heads, and uses those of layer 0."""
+
+        by: float = 1.0
+        heads: tuple[Value, ...] = values_of(0.0, 9.0)
+        identity: ClassVar = {"by": 1.0}
+
+        def edit(self, rows: Any, out: Tensor) -> Tensor:
+            return 2 * out if rows.layer.index == 0 else out
+
+    with pytest.raises(NotLanded, match="changes nothing in layer 1 of"):
+        with attach(tiny.model("llama"), Numbered(heads=((0, 0, 2.0), (1, 0, 2.0)))):
+            pass
+    # the number that changes nothing asks for nothing
+    model = tiny.model("llama")
+    with attach(model, Numbered(heads=((0, 0, 2.0), (1, 0, 1.0)))):
+        run(model, **tiny.inputs("llama"))
 
 
 def test_what_is_not_what_the_reference_says_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.core.errors import NotLanded, NotSupported
 from foveate.core.mechanism import Edit, ExpertEdit, HeadEdit, Mechanism, Pattern, ResidualEdit, Schedule
 from foveate.core.params import bounds_of
-from foveate.core.places import Experts, Heads, Indices, Vectors
+from foveate.core.places import Experts, Heads, Indices, Values, Vectors
 from foveate.core.rows import View, attend
 
 __all__ = ["Trial", "proved", "small_input"]
@@ -156,9 +156,13 @@ def described(mechanisms: Sequence[Mechanism]) -> str:
 def named_layers(m: Mechanism) -> set[int]:
     """Layers that a mechanism names, of itself or by their heads."""
     found: set[int] = set()
+    # a number for a head may be the one that changes nothing
+    still = {v for v in (m.identity or {}).values() if isinstance(v, int | float)}
     for name, (_, bounds) in bounds_of(type(m)).items():
         if isinstance(bounds, Heads | Vectors | Experts):
             found |= {layer for layer, *_ in getattr(m, name)}
+        elif isinstance(bounds, Values):
+            found |= {layer for layer, _, number in getattr(m, name) if number not in still}
         elif isinstance(bounds, Indices) and bounds.what == "layer":
             found |= set(getattr(m, name))
     return found
