@@ -122,7 +122,7 @@ def test_a_layer_named_by_a_number_for_one_of_its_heads_must_move() -> None:
 
         by: float = 1.0
         heads: tuple[Value, ...] = values_of(0.0, 9.0)
-        identity: ClassVar = {"by": 1.0}
+        identity: ClassVar = {"by": 1.0, "heads": ()}
 
         def edit(self, rows: Any, out: Tensor) -> Tensor:
             return 2 * out if rows.layer.index == 0 else out
