@@ -1,0 +1,1 @@
+"""Coarse rows for the whole text, fine rows for each piece of it."""

@@ -1,0 +1,1 @@
+"""Mixing of tokens without scores: by weights of places, by pooling."""
