@@ -1,0 +1,1 @@
+"""Where a key stands as seen from its row."""

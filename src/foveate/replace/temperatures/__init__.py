@@ -1,0 +1,1 @@
+"""How sharp each row is: temperatures that are learned, and weights of features."""
