@@ -58,10 +58,6 @@ class SkewedRelative(Rule):
     full: ClassVar[bool] = False
     identity: ClassVar[dict[str, Any] | None] = {"start": 0.0}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"span": 5})
-    known_failures: ClassVar[dict[str, str]] = {
-        "converts": "without position_ids a model with rotary positions turns the queries by their places in the "
-        "padding, and q . e tells; with them padding changes nothing"
-    }
 
     def learned(self, sizes: Sizes) -> torch.nn.Module:
         return Distances(sizes, self)

@@ -73,7 +73,8 @@ def gradients(m: Mechanism) -> None:
         step = 1e-5
         for n, g in zip(leaves, got, strict=True):
             expect(g is None or bool(g.isfinite().all()), f"{name}: the gradient of {n} is not finite")
-            ends = [loss(replace(view, **{n: getattr(view, n) + s * step * directions[n]})) for s in (1, -1)]
+            with torch.no_grad():
+                ends = [loss(replace(view, **{n: getattr(view, n) + s * step * directions[n]})) for s in (1, -1)]
             want = float(ends[0] - ends[1]) / (2 * step)
             found = 0.0 if g is None else float((g * directions[n]).sum())
             close = abs(found - want) <= 1e-3 * max(1.0, abs(want))
