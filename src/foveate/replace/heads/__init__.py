@@ -1,0 +1,1 @@
+"""Heads that a token chooses among, and attention modules as experts."""

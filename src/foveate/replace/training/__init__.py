@@ -1,0 +1,1 @@
+"""What helps training: adapters, and attention to a part of the keys."""
