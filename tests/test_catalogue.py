@@ -33,7 +33,13 @@ def test_every_mechanism_has_an_example_that_runs(name: str) -> None:
     examples = doctest.DocTestParser().get_examples(text)
     assert examples, f"{name} has no section `Example:` with a doctest in its docstring"
     assert any(e.want for e in examples), "an example shows what comes out"
-    doors = ("foveate.attach(", ".measure(", *([").edit("] if issubclass(find(name), PromptEdit) else []))
+    doors = (
+        "foveate.attach(",
+        ".measure(",
+        "foveate.convert(",
+        "foveate.nn.Attention(",
+        *([").edit("] if issubclass(find(name), PromptEdit) else []),
+    )
     assert any(door in text for door in doors), "an example goes through the public door"
     assert f"import {find(name).__name__}" in text, "an example can be copied as it stands"
     assert max(map(len, text.splitlines())) <= WIDTH
