@@ -90,11 +90,6 @@ class KeyBias(Rule):
         "loaded model that rests on its first token goes on doing so until it is trained",
     )
     identity: ClassVar = {"key": "none", "value": False}
-    known_failures: ClassVar = {
-        "converts": "a learned key has no position and queries have: a model that is not told where the tokens of a "
-        "padded text stand turns them by the padding too, and only scores with keys of the text stay the same; "
-        "`generate` tells it"
-    }
     test_params: ClassVar = (
         {},
         {"value": True},
