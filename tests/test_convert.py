@@ -230,9 +230,9 @@ def test_a_mixer_takes_the_weights_away() -> None:
     foveate.convert(model, Mean(), layers=0)
     with pytest.raises(NotSupported, match="makes the positions of all layers"):
         foveate.convert(tiny.model("t5"), Mean())
-    with pytest.raises(BadInput, match=r"acts on rows of attention, which layers 0 of LlamaForCausalLM have not"):
-        with foveate.attach(model, Streaming(0.5)):
-            pass
+    words = r"acts on rows of attention, which layers 0 of LlamaForCausalLM have not"
+    with pytest.raises(BadInput, match=words), foveate.attach(model, Streaming(0.5)):
+        pass
 
 
 def test_a_cache_of_another_rule() -> None:

@@ -127,9 +127,9 @@ def test_a_layer_named_by_a_number_for_one_of_its_heads_must_move() -> None:
         def edit(self, rows: Any, out: Tensor) -> Tensor:
             return 2 * out if rows.layer.index == 0 else out
 
-    with pytest.raises(NotLanded, match="changes nothing in layer 1 of"):
-        with attach(tiny.model("llama"), Numbered(heads=((0, 0, 2.0), (1, 0, 2.0)))):
-            pass
+    both = Numbered(heads=((0, 0, 2.0), (1, 0, 2.0)))
+    with pytest.raises(NotLanded, match="changes nothing in layer 1 of"), attach(tiny.model("llama"), both):
+        pass
     # the number that changes nothing asks for nothing
     model = tiny.model("llama")
     with attach(model, Numbered(heads=((0, 0, 2.0), (1, 0, 1.0)))):

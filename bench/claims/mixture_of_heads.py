@@ -1,7 +1,7 @@
 """Whether three quarters of the heads, chosen by each token, match all of them.
 
-Eight heads of 12 dimensions; a token uses six, of which half are shared and half chosen. Controls: softmax with six heads
-of the same width that are always on, and softmax with all eight.
+Eight heads of 12 dimensions; a token uses six, of which four are shared and two chosen. Controls: softmax with six
+heads of the same width that are always on, and softmax with all eight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether temperatures of queries and values by token and place improve a language model, for few parameters.
 
-Selective attention against softmax under the same seeds and data, judged at the training length. The control is a model
-of softmax that is wider by more parameters than the temperatures have.
+Selective attention against softmax under the same seeds and data, judged at the training length. The control is a
+model of softmax that is wider by more parameters than the temperatures have.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def main() -> None:
                 wider[SOFTMAX][0].result["parameters"] / size[SOFTMAX] - 1
             ),
         },
-        rule=f"holds: the interval of the gain lies above 0 and the parameters are under {FEW:.1%} more; partly: it does at "
-        "more parameters, or only the mean lies above 0",
+        rule=f"holds: the interval of the gain lies above 0 and the parameters are under {FEW:.1%} more; partly: it "
+        f"does "
+        "at more parameters, or only the mean lies above 0",
         encoder=MODEL,
         **command(),
     )

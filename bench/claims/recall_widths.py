@@ -37,7 +37,8 @@ def main() -> None:
         | {f"recall of attention minus that of the convolution, width {w}": apart[w] for w in WIDTHS},
         control={f"recall of the gated convolution, width {w}": mean(recall[w][CONVOLUTION]) for w in WIDTHS}
         | {f"bytes of state, width {w}": {m: number(b) for m, b in state[w].items()} for w in WIDTHS},
-        rule=f"holds: at one of the widths attention recalls {SOLVED:.0%} or more and the convolution {UNSOLVED:.0%} or less "
+        rule=f"holds: at one of the widths attention recalls {SOLVED:.0%} or more and the convolution {UNSOLVED:.0%} "
+        f"or less "
         "(intervals); partly: attention is ahead at one of them (interval)",
         encoder="models of 2 layers without feed-forward parts, on generated sequences",
         **command(),

@@ -1,8 +1,8 @@
 """Whether sigmoid attention is as good as softmax when its bias is right, and unstable without one.
 
 The bias is -ln n, n the keys that a row may see, or the training length for all rows. Without one the weights of a
-fresh row sum to half of its keys. Trained at two learning rates, for what is unstable shows at the higher one; judged at
-the training length.
+fresh row sum to half of its keys. Trained at two learning rates, for what is unstable shows at the higher one; judged
+at the training length.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ def main() -> None:
         },
         control={f"loss of softmax, rate {r}": mean(losses[r][SOFTMAX]) for r in RATES}
         | {"as good is up to": number(NEAR), "clearly worse is from": number(FAR)},
-        rule=f"matches: at the rate that is better for softmax, the loss with one of the two biases is at most {NEAR} nats "
-        f"above softmax's (upper end of the interval). Unstable: without the bias the loss, or that of the first tenth of "
-        f"training, is more than {FAR} above that with it (lower end) at one of the rates, or training breaks off. Holds: "
+        rule=f"matches: at the rate that is better for softmax, the loss with one of the two biases is at most "
+        f"{NEAR} nats "
+        f"above softmax's (upper end of the interval). Unstable: without the bias the loss, or that of the first "
+        f"tenth of "
+        f"training, is more than {FAR} above that with it (lower end) at one of the rates, or training breaks off. "
+        f"Holds: "
         "both; partly: one of the two",
         encoder=MODEL,
         **command(),

@@ -1,8 +1,8 @@
 """Whether sinks and value drains emerge in training with softmax, and not with sigmoid or ReLU.
 
 Bigram-backcopy: behind a trigger the token before it is right, elsewhere the head has nothing to add. Measured on the
-head that rests most on the first token: its share of weight there in rows that are no trigger, at triggers, and the norm
-of the value there over that of the others. Softmax off by one, which may attend to nothing, is a further control.
+head that rests most on the first token: its share of weight there in rows that are no trigger, at triggers, and the
+norm of the value there over that of the others. Softmax off by one, which may attend to nothing, is a further control.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def main() -> None:
         | {"share on the first token elsewhere minus at triggers, softmax": dormant},
         control={f"loss at triggers, {m}": mean(last(found[m], "copy_loss")) for m in found}
         | {f"loss above that of the bigrams elsewhere, {m}": mean(last(found[m], "excess")) for m in found},
-        rule=f"emerges: with softmax the share lies above {SINK} and the norm below {DRAINED} of the others' (intervals). Not "
-        f"with the others: the share lies below {NONE} with sigmoid and with ReLU (intervals). Holds: both; partly: one",
+        rule=f"emerges: with softmax the share lies above {SINK} and the norm below {DRAINED} of the others' "
+        f"(intervals). Not "
+        f"with the others: the share lies below {NONE} with sigmoid and with ReLU (intervals). Holds: both; partly: "
+        f"one",
         encoder="decoders of 1 layer, width 64, 1 head, on bigram-backcopy with the bigrams of Python's documentation",
         **command(),
     )

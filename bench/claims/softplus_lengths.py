@@ -71,7 +71,8 @@ def main() -> None:
             "rise with softplus without re-weighting": mean(rise[BARE]),
             "loss at 64 characters, softmax": mean(last(found[SOFTMAX], "late_loss", LENGTH)),
         },
-        rule=f"holds: the loss of the last 64 of 1,024 characters is at most {HELD} nats above that of the first 64 and "
+        rule=f"holds: the loss of the last 64 of 1,024 characters is at most {HELD} nats above that of the first 64 "
+        f"and "
         "rises less than softmax's (interval above 0), and re-weighting lowers the far loss of softmax (interval above "
         "0) at one of the paper's powers; partly: one of the two",
         encoder=MODEL,

@@ -1,7 +1,8 @@
 """Whether training on a random part of the keys generalises better than dense training, at lower cost.
 
-A model that is large for its text is trained for many epochs on a small part of it, dense or with one key of four, and judged on held-out text with all keys. Time is that of attention's
-forward and backward pass at 2,048 tokens, measured beside dense attention in alternating rounds.
+A model that is large for its text is trained for many epochs on a small part of it, dense or with one key of four, and
+judged on held-out text with all keys. Time is that of attention's forward and backward pass at 2,048 tokens, measured
+beside dense attention in alternating rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main() -> None:
         },
         control={"held-out loss of dense training": mean(loss[DENSE])}
         | {f"training loss at the end, {m}": fits[m] for m in found},
-        rule="better: the interval of the held-out gain lies above 0. Cheaper: the interval of the time ratio lies below 1. "
+        rule="better: the interval of the held-out gain lies above 0. Cheaper: the interval of the time ratio lies "
+        "below 1. "
         "Holds: both; partly: one",
         encoder="decoders of 2 layers, width 96, 4 heads, on 54,000 characters of WikiText-2, many times over",
         **command(),

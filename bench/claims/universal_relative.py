@@ -1,9 +1,9 @@
 """Whether relative attention cannot represent what its universal form can.
 
-A sequence of one token repeated has nothing but positions to tell its places apart. Softmax with relative positions gives
-the same output everywhere, whatever it learns: rows sum to 1 and all values are alike. One attention layer is trained to
-say in which quarter of the text each place lies, for texts of 32 tokens, and judged by its accuracy; 25 % is chance. The
-control is a text of random tokens that name their quarter, which both can read.
+A sequence of one token repeated has nothing but positions to tell its places apart. Softmax with relative positions
+gives the same output everywhere, whatever it learns: rows sum to 1 and all values are alike. One attention layer is
+trained to say in which quarter of the text each place lies, for texts of 32 tokens, and judged by its accuracy; 25 %
+is chance. The control is a text of random tokens that name their quarter, which both can read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
         numbers={f"accuracy where all tokens are alike, {n}": x for n, x in alike.items()} | {"chance": number(CHANCE)},
         control={f"accuracy where tokens name their quarter, {n}": x for n, x in told.items()},
         seeds=list(SEEDS),
-        rule=f"can: the universal form is right in {SOLVED:.0%} or more; cannot: the relative one in {STUCK:.0%} or less "
+        rule=f"can: the universal form is right in {SOLVED:.0%} or more; cannot: the relative one in {STUCK:.0%} or "
+        f"less "
         "(intervals). Holds: both; partly: one",
         encoder="one attention layer of width 32 and a small network behind it",
     )

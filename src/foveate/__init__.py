@@ -14,8 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.core.attach import attach
     from foveate import nn
+    from foveate.core.attach import attach
     from foveate.core.budget import Budget
     from foveate.core.converting import convert
     from foveate.core.errors import FoveateError

@@ -33,6 +33,8 @@ __all__ = ["KEY", "convert", "converted_layers", "register", "restore"]
 IMPLEMENTATION = "foveate"
 # where the configuration of a model says what stands in which of its layers; saved with it
 KEY = "foveate_attention"
+# where a module keeps what takes its hooks off
+HOOKS = "foveate_hooks"
 VALUE_PROJECTIONS = ("v_proj", "value", "v_lin", "v")
 
 
@@ -40,8 +42,9 @@ def convert(model: PreTrainedModel, rule: Operator | str, layers: int | Iterable
     """Puts another attention into a loaded model, in place.
 
     Under a rule all weights stay, and the rule's own parameters come beside them; a mixer takes the place of the
-    attention module and its weights. The model can then be run, trained (with peft too), copied, attached to, saved with
-    `save_pretrained` and opened with `foveate.load`. A layer can be converted again; `"softmax"` gives a rule back.
+    attention module and its weights. The model can then be run, trained (with peft too), copied, attached to, saved
+    with `save_pretrained` and opened with `foveate.load`. A layer can be converted again; `"softmax"` gives a rule
+    back.
 
     Args:
         model: A transformers model whose attention goes through `AttentionInterface`.
@@ -59,7 +62,8 @@ def convert(model: PreTrainedModel, rule: Operator | str, layers: int | Iterable
     operator = called(rule)
     if model in ACTIVE:
         raise BadInput(
-            f"{type(model).__name__} has something attached; leave the `with` block, or take the plan off, and convert then"
+            f"{type(model).__name__} has something attached; leave the `with` block, or take the plan off, and "
+            f"convert then"
         )
     known = {layer.index: (module, layer) for module, layer in attention_layers(model).items()}
     wanted = sorted(known) if layers is None else [layers] if isinstance(layers, int) else list(layers)
@@ -89,15 +93,15 @@ def convert(model: PreTrainedModel, rule: Operator | str, layers: int | Iterable
                 f"layer {layer.index} has {module.rule.operator!r} in the place of its attention, whose weights are "
                 "gone; load the model again to give it a rule"
             )
-        if operator.default:
+        if isinstance(operator, Rule) and operator.default:
             continue
         module.rule = standing
-        module.foveate_hooks = [
+        module.__dict__[HOOKS] = hooks = [
             module.register_forward_pre_hook(called_with, with_kwargs=True),
             module.register_forward_hook(forgotten),
         ]
         if projection is not None:
-            module.foveate_hooks.append(projection.register_forward_hook(partial(written_values, standing)))
+            hooks.append(projection.register_forward_hook(partial(written_values, standing)))
     register()
     for config in all_configs(model):
         config._attn_implementation_internal = IMPLEMENTATION
@@ -205,14 +209,15 @@ def value_projection(module: torch.nn.Module, operator: Operator) -> torch.nn.Mo
         if isinstance(child := getattr(module, name, None), torch.nn.Module):
             return child
     raise NotSupported(
-        f"{type(operator).__name__} changes values on their way into the cache, and {type(module).__name__} makes them in "
+        f"{type(operator).__name__} changes values on their way into the cache, and {type(module).__name__} makes "
+        f"them in "
         "one with its queries and keys; models with a value projection of their own work (llama, mistral, qwen, …)"
     )
 
 
 def clear(module: torch.nn.Module) -> None:
     """Takes a rule off a module again."""
-    for handle in module.__dict__.pop("foveate_hooks", ()):
+    for handle in module.__dict__.pop(HOOKS, ()):
         handle.remove()
     if standing_in(module) is not None and not isinstance(module, Mixed):
         del module.rule
@@ -243,7 +248,7 @@ def written_values(standing: Standing, module: torch.nn.Module, args: tuple, out
     """The values of new tokens as the rule writes them."""
     batch, new, inner = output.shape
     v = output.view(batch, new, -1, inner // standing.sizes.kv_heads).transpose(1, 2)
-    v = standing.operator.write(standing.learned, v, args[0])
+    v = standing.rule.write(standing.learned, v, args[0])
     return v.transpose(1, 2).reshape(batch, new, inner).to(output.dtype)
 
 

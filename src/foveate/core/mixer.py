@@ -64,8 +64,8 @@ class Mixer(Operator):
     def module(self, sizes: Sizes) -> torch.nn.Module:
         """A fresh module for one layer.
 
-        It is called as `module(tokens, state)` and gives the output, [batch, query, width], and the new state. `state` is
-        None where nothing is kept, {} before the first token of a text, and otherwise what it gave for the tokens
+        It is called as `module(tokens, state)` and gives the output, [batch, query, width], and the new state. `state`
+        is None where nothing is kept, {} before the first token of a text, and otherwise what it gave for the tokens
         before, by name, tensors with the batch in front. The output at padding may be anything finite.
         """
         raise NotImplementedError
@@ -113,8 +113,11 @@ class StateLayer(CacheLayerMixin):
         """Takes these rows of the batch."""
         self.state = {name: t.index_select(0, index.to(t.device)) for name, t in self.state.items()}
 
-    reorder_cache = rows
-    batch_select_indices = rows
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.state = {name: t.repeat_interleave(repeats, 0) for name, t in self.state.items()}

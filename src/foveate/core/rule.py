@@ -61,9 +61,9 @@ class Rule(Operator):
     r"""Attention by rows: p_ij = exp(s_ij - lse_i) with lse_i = ln(\sum_j exp s_ij + exp sink_h), unless it says else.
 
     Each method is one stage, and changes nothing unless a rule has it. `view` is the attention call (`core/rows.py`):
-    `view.learned` holds the rule's own parameters, `view.hidden` the layer's input at the queries, and `view.mask` which
-    keys each row may see. Whatever depends on a place or a length must come from `view.mask`, so that padding does not
-    matter.
+    `view.learned` holds the rule's own parameters, `view.hidden` the layer's input at the queries, and `view.mask`
+    which keys each row may see. Whatever depends on a place or a length must come from `view.mask`, so that padding
+    does not matter.
     """
 
     def learned(self, sizes: Sizes) -> torch.nn.Module | None:

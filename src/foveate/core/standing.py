@@ -15,7 +15,7 @@ from foveate.core.mask import Mask
 from foveate.core.masking import as_mask
 from foveate.core.mixer import Mixer, StateLayer, Tokens
 from foveate.core.rows import Rows, View, attend
-from foveate.core.rule import Operator, Sizes
+from foveate.core.rule import Operator, Rule, Sizes
 from foveate.core.written import read, written
 
 __all__ = [
@@ -52,26 +52,32 @@ class Standing(torch.nn.Module):
     def __init__(self, operator: Operator, sizes: Sizes) -> None:
         super().__init__()
         self.operator, self.sizes = operator, sizes
-        self.learned = operator.module(sizes) if isinstance(operator, Mixer) else operator.learned(sizes)
+        self.learned = operator.module(sizes) if isinstance(operator, Mixer) else self.rule.learned(sizes)
         # of the running call, and of the last one in training
         self.hidden: Tensor | None = None
         self.loss: Tensor | None = None
 
+    @property
+    def rule(self) -> Rule:
+        """The operator, which is no mixer."""
+        assert isinstance(self.operator, Rule)
+        return self.operator
+
     def attend(self, view: View) -> Rows:
         """Attention of one call by the rule, its loss noted where it has one."""
-        rule = self.operator
-        wanted = rule.needs() if view.training and rule.trains else ()
+        wanted = self.rule.needs() if view.training and self.rule.trains else ()
         rows = attend(view, wanted)
         self.note(rows)
         return rows
 
     def note(self, rows: Rows) -> None:
         """Keeps what the rule adds to the loss of a model in training."""
-        if rows.view.training and self.operator.trains:
-            self.loss = self.operator.loss(rows)
+        if rows.view.training and self.rule.trains:
+            self.loss = self.rule.loss(rows)
 
     def mix(self, x: Tensor, mask: Mask, cache: Any = None) -> Tensor:
         """The output of a mixer for the tokens of one call; its state is in the layer's place of the cache."""
+        assert self.learned is not None
         tokens = Tokens.of(x, mask, self.training)
         layer = None if cache is None else state_layer(cache, self.sizes.layer, self.operator)
         out, state = self.learned(tokens, None if layer is None else layer.state)
@@ -150,7 +156,7 @@ class Mixed(torch.nn.Module):
         return self.rule.mix(x, mask, cache), None
 
 
-def called(operator: Operator | str) -> Operator:
+def called(operator: Any) -> Operator:
     """The operator itself, or the one of this name, as `name` or `name:param=value`.
 
     Raises:
@@ -234,7 +240,8 @@ def state_layer(cache: Any, index: int, operator: Operator) -> StateLayer:
     if not isinstance(layer, StateLayer):
         if layer.get_seq_length():
             raise BadInput(
-                f"layer {index} of this cache holds keys and values, which {operator!r} cannot read; start with a new one"
+                f"layer {index} of this cache holds keys and values, which {operator!r} cannot read; start with a "
+                f"new one"
             )
         layer = layers[index] = StateLayer(operator)
     if layer.operator != operator:

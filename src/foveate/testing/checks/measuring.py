@@ -188,7 +188,7 @@ def moved(learned: torch.nn.Module) -> None:
     """Moves parameters a little away from where they begin."""
     for parameter in learned.parameters():
         if parameter.is_floating_point():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def numbers(m: Mechanism, *calls: View, **options: Any) -> Numbers:

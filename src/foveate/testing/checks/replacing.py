@@ -60,6 +60,7 @@ def padded(left: int = 0, right: int = 0, length: int = LENGTH) -> Bool[Tensor, 
 
 
 def agree(got: Tensor, want: Tensor, where: str, tolerance: float = 3e-4) -> None:
+    """Fails unless two outputs agree."""
     same({"output": got}, {"output": want}, where, tolerance)
 
 
@@ -99,8 +100,8 @@ def remembers(m: Operator) -> None:
             before = cut
             if cut == 10:
                 # as a beam search does
-                cache.reorder_cache(torch.tensor([1, 0]))
-                cache.reorder_cache(torch.tensor([1, 0]))
+                for _ in range(2):
+                    cache.reorder_cache(torch.LongTensor([1, 0]))
         got = torch.cat(parts, 1)
         agree(
             torch.where(real[..., None], got, 0.0), torch.where(real[..., None], want, 0.0), f"{name} against at once"
