@@ -38,7 +38,7 @@ def build() -> typer.Typer:
 
     for info in pkgutil.iter_modules(__path__):
         if not info.name.startswith("_"):
-            app.command(info.name)(importlib.import_module(f"{__name__}.{info.name}").command)
+            app.command(info.name.replace("_", "-"))(importlib.import_module(f"{__name__}.{info.name}").command)
     return app
 
 
