@@ -152,7 +152,8 @@ def test_a_kv_policy_acts_on_the_keys_of_a_rule() -> None:
 def test_transformers_alone_refuses_what_it_would_read_wrong(tmp_path: Path) -> None:
     saved(foveate.convert(tiny.model("llama"), "relu"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["foveate_attention"] == [{"operator": {"name": "relu", "parameters": {}}, "layers": [0, 1]}]
+    relu = {"name": "relu", "parameters": {"alpha": 1.0}}
+    assert config["foveate_attention"] == [{"operator": relu, "layers": [0, 1]}]
     code = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode
@@ -174,7 +175,7 @@ def test_weights_of_another_rule_are_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["foveate_attention"][0]["operator"] = {"name": "softplus", "parameters": {}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"weights are of relu\(\), and the layer has softplus"):
+    with pytest.raises(BadInput, match=r"weights are of relu\(alpha=1\.0\), and the layer has softplus"):
         foveate.load(folder, tokenizer=False)
 
 
@@ -240,5 +241,5 @@ def test_a_cache_of_another_rule() -> None:
     cache = DynamicCache(config=model.config)
     model(input_ids=ids[:, :5], past_key_values=cache)
     foveate.convert(model, Temperature())
-    with pytest.raises(BadInput, match=r"was made by Relu\(\) and cannot be read by Temperature"):
+    with pytest.raises(BadInput, match=r"was made by Relu\(alpha=1\.0\) and cannot be read by Temperature"):
         model(input_ids=ids[:, 5:], past_key_values=cache)

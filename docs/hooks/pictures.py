@@ -40,9 +40,11 @@ from foveate.core.params import bounds_of
 from foveate.core.places import Heads, Indices, Values, Vectors
 from foveate.core.recording import residual_streams
 from foveate.core.rows import View, attend
+from foveate.core.rule import Operator, Rule
 from foveate.measure._watch import Watch, seen
 from foveate.steer.expert_switch import choice_rates
 from foveate.testing import handmade, tiny
+from foveate.testing.checks import replacing
 from foveate.testing.checks.steering import for_row
 from foveate.testing.policies import Witness
 
@@ -442,6 +444,34 @@ def draw_schedule(schedule: Schedule) -> tuple[str, str]:
         )
 
 
+@torch.no_grad()
+def draw_operator(operator: Operator) -> tuple[str, str]:
+    """How far each output moves when another token stands in the place of one, beside softmax."""
+    length = 24
+    with drawing(7.4, 3.0) as figure:
+        for ax, m in zip(figure.subplots(1, 2), (Rule(), operator), strict=True):
+            # a rule that has no causal form is drawn without one, and softmax beside it, too
+            module = replacing.layer(m if m is operator or operator.causal else Full())
+            x, other = replacing.texts(1, length)[0], replacing.texts(1, length, seed=1)[0]
+            at = torch.arange(length)
+            changed = torch.where((at[:, None] == at)[..., None], other, x)
+            moved = (module(changed) - module(x[None])).norm(dim=-1).T
+            shade(ax, moved.numpy(), BLUE if m is not operator else ORANGE, most=float(moved.max()))
+            ax.set(title="softmax" if m is not operator else type(m).__name__, xlabel="token that is another one")
+        figure.axes[0].set_ylabel("output that moves")
+        return svg(figure), (
+            f"How far the outputs of a random layer move when one of its {length} inputs is another one: under "
+            f"softmax, and "
+            f"under <code>{spelled(operator)}</code>. Each map is shaded by its own largest number."
+        )
+
+
+class Full(Rule):
+    """Softmax where all see all."""
+
+    causal = False
+
+
 DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Metric: draw_metric,
     ModelMetric: draw_model_metric,
@@ -454,6 +484,7 @@ DRAWINGS: dict[type, Callable[[Any], tuple[str, str]]] = {
     Policy: draw_policy,
     Pruner: draw_pruner,
     Schedule: draw_schedule,
+    Operator: draw_operator,
 }
 
 

@@ -151,7 +151,7 @@ class Attention(nn.Module):
                 place = seen.place.clamp_min(0)
                 q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
             if standing is not None:
-                v = standing.rule.write(standing.learned, v, source).to(v.dtype)
+                v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
             if cache is not None:
                 k, v = cache.update(k, v, self.sizes.layer)
         view = View(q, k, v, seen, dropout=self.dropout if self.training else 0.0, projection=self.o_proj.weight)
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         if standing is None:
             out = attend(view).out
         else:
-            view.rule, view.learned, view.hidden = standing.rule, standing.learned, x
+            view.rule, view.learned, view.hidden = standing.as_rule, standing.learned, x
             out = standing.attend(view).out
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -21,7 +21,7 @@ def command(
     task: Annotated[str, typer.Argument(help="mqar, backcopy, copying, induction or characters.")],
     rule: Annotated[
         list[str] | None,
-        typer.Option(help="A rule, parameters as sigmoid:bias=-4.0, or gated_convolution; may be given again."),
+        typer.Option(help="A rule, parameters as sigmoid:length=64, or gated_convolution; may be given again."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Models of each rule and width.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller models and fewer steps: under a minute.")] = False,

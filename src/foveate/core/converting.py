@@ -248,7 +248,7 @@ def written_values(standing: Standing, module: torch.nn.Module, args: tuple, out
     """The values of new tokens as the rule writes them."""
     batch, new, inner = output.shape
     v = output.view(batch, new, -1, inner // standing.sizes.kv_heads).transpose(1, 2)
-    v = standing.rule.write(standing.learned, v, args[0])
+    v = standing.as_rule.write(standing.learned, v, args[0])
     return v.transpose(1, 2).reshape(batch, new, inner).to(output.dtype)
 
 

@@ -52,28 +52,28 @@ class Standing(torch.nn.Module):
     def __init__(self, operator: Operator, sizes: Sizes) -> None:
         super().__init__()
         self.operator, self.sizes = operator, sizes
-        self.learned = operator.module(sizes) if isinstance(operator, Mixer) else self.rule.learned(sizes)
+        self.learned = operator.module(sizes) if isinstance(operator, Mixer) else self.as_rule.learned(sizes)
         # of the running call, and of the last one in training
         self.hidden: Tensor | None = None
         self.loss: Tensor | None = None
 
     @property
-    def rule(self) -> Rule:
+    def as_rule(self) -> Rule:
         """The operator, which is no mixer."""
         assert isinstance(self.operator, Rule)
         return self.operator
 
     def attend(self, view: View) -> Rows:
         """Attention of one call by the rule, its loss noted where it has one."""
-        wanted = self.rule.needs() if view.training and self.rule.trains else ()
+        wanted = self.as_rule.needs() if view.training and self.as_rule.trains else ()
         rows = attend(view, wanted)
         self.note(rows)
         return rows
 
     def note(self, rows: Rows) -> None:
         """Keeps what the rule adds to the loss of a model in training."""
-        if rows.view.training and self.rule.trains:
-            self.loss = self.rule.loss(rows)
+        if rows.view.training and self.as_rule.trains:
+            self.loss = self.as_rule.loss(rows)
 
     def mix(self, x: Tensor, mask: Mask, cache: Any = None) -> Tensor:
         """The output of a mixer for the tokens of one call; its state is in the layer's place of the cache."""

@@ -24,8 +24,8 @@ class Size:
         kv_heads: Key-value heads of each layer; 0: as many as query heads.
         feed_forward: Width of the feed-forward parts in units of `width`; 0: there are none.
         rope: Base of the rotary positions; 0: there are none.
-        taps: Tokens that a short convolution before each attention reaches over; 0: there is none. With 3, attention
-            need not learn first to look one token back, which takes most of a training.
+        taps: Tokens that a short convolution before each attention reaches over; 0: there is none. With 2 or more,
+            attention need not learn first to look one token back.
         places: Number of positions that are learnt and added to the tokens; 0: there are none.
     """
 
@@ -78,7 +78,7 @@ class Run:
 
     Args:
         task: What is learnt.
-        mixer: What stands where attention does: a rule, as `sigmoid` or `sigmoid:bias=-4.0`, or `gated_convolution`.
+        mixer: What stands where attention does: a rule, as `sigmoid` or `sigmoid:length=64`, or `gated_convolution`.
         size: The shape of the model.
         optimisation: How it is trained.
         seed: Draws the first weights, the sequences, and what is random in between.

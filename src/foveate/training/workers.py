@@ -1,4 +1,4 @@
-"""Runs in processes of their own, a thread each: more threads do nothing for a small model."""
+"""Runs in processes of their own, a thread each, so that models are trained side by side."""
 
 from __future__ import annotations
 

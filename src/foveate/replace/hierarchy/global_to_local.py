@@ -37,12 +37,14 @@ class GlobalToLocal(Mixer):
     the output of a token tells of itself and all before it. A cache holds N / L rows for the block decoder; the token
     decoder sees no more than one block.
 
-    It is a whole stack of layers. As a language model it stands between an embedding and an output layer:
-
     Example:
+        It is a whole stack of layers. As a language model it stands between an embedding and an output layer.
+
         >>> import torch, foveate
-        >>> stack = foveate.nn.Attention(32, heads=4, rule="global_to_local:block=4")
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 32), stack, torch.nn.Linear(32, 100))
+        >>> from foveate.replace import GlobalToLocal
+        >>> stack = foveate.nn.Attention(32, heads=4, rule=GlobalToLocal(block=4))
+        >>> embedding, head = torch.nn.Embedding(100, 32), torch.nn.Linear(32, 100)
+        >>> model = torch.nn.Sequential(embedding, stack, head)
         >>> model(torch.randint(100, (2, 21))).shape
         torch.Size([2, 21, 100])
 
@@ -70,6 +72,7 @@ class GlobalToLocal(Mixer):
             "side by side, and on a quarter of a head. Decoding computes the open block anew for each token."
         ),
         use="Train a decoder whose cache is read once per block instead of once per token.",
+        misleads="Put into a loaded model by `convert` it begins untrained, and is a stack in the place of one layer.",
     )
     test_params: ClassVar = (
         {"token_layers": 1},

@@ -35,13 +35,15 @@ class LocalLatent(Mixer):
     In causal order, tokens see no later one of their group and latents no later group; where all see all, tokens read
     the latents of their own group. With groups of N^{1/3} tokens attention costs O(N^{4/3}).
 
-    It is a whole stack of layers. As a language model it stands between an embedding and an output layer:
-
     Example:
+        It is a whole stack of layers. As a language model it stands between an embedding and an output layer.
+
         >>> import torch, foveate
         >>> from foveate.replace import LocalLatent
-        >>> stack = foveate.nn.Attention(32, heads=4, rule=LocalLatent(group=8, latents=2))
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 32), stack, torch.nn.Linear(32, 100))
+        >>> rule = LocalLatent(group=8, latents=2)
+        >>> stack = foveate.nn.Attention(32, heads=4, rule=rule)
+        >>> embedding, head = torch.nn.Embedding(100, 32), torch.nn.Linear(32, 100)
+        >>> model = torch.nn.Sequential(embedding, stack, head)
         >>> model(torch.randint(100, (2, 21))).shape
         torch.Size([2, 21, 100])
 
@@ -73,9 +75,10 @@ class LocalLatent(Mixer):
             "anew for each token instead of caching its keys."
         ),
         use="Train a decoder or encoder of long texts whose global layers see a few rows per group.",
+        misleads="Put into a loaded model by `convert` it begins untrained, and is a stack in the place of one layer.",
     )
     test_params: ClassVar = (
-        {"group": 4, "latents": 2, "global_layers": 2, "max_groups": 20},
+        {"group": 4, "latents": 2, "max_groups": 20},
         {"group": 5, "latents": 1, "stages": 3, "max_groups": 20},
         {"group": 3, "stages": 1, "local_layers": 2},
     )

@@ -29,11 +29,15 @@ class Extractor(Mixer):
     The ME is the WE without adjustment. A decoded token costs the same however long the text is: the sum is the state.
 
     Example:
+        One number for each of 64 places, and the matrix of the adjustment.
+
         >>> import torch, foveate
-        >>> mixer = foveate.nn.Attention(32, heads=4, rule="extractor:kind=we,max_length=64")
+        >>> from foveate.replace import Extractor
+        >>> rule = Extractor(kind="we", max_length=64)
+        >>> mixer = foveate.nn.Attention(32, heads=4, rule=rule)
         >>> mixer(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
-        >>> sum(p.numel() for p in mixer.parameters())  # 64 places, and A
+        >>> sum(p.numel() for p in mixer.parameters())
         1088
 
     Args:
@@ -58,6 +62,7 @@ class Extractor(Mixer):
             "adjustment in the ME, and weights of one to begin with. There is no form in which all tokens see all."
         ),
         use="Train a small model on short texts without attention.",
+        misleads="The weight of a token depends on its place alone: it cannot look anything up.",
     )
     test_params: ClassVar = (
         {"max_length": 80},

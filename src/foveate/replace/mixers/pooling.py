@@ -35,8 +35,12 @@ class Pooling(Mixer):
     and a cache of keys; where all see all, time is linear in N.
 
     Example:
+        An encoder whose time is linear in the length.
+
         >>> import torch, foveate
-        >>> encoder = foveate.nn.Attention(32, 4, rule="pooling:segment=8", causal=False)
+        >>> from foveate.replace import Pooling
+        >>> rule = Pooling(segment=8)
+        >>> encoder = foveate.nn.Attention(32, heads=4, rule=rule, causal=False)
         >>> encoder(torch.randn(2, 20, 32)).shape
         torch.Size([2, 20, 32])
 
@@ -57,6 +61,7 @@ class Pooling(Mixer):
             "causal form is ours: theirs has none. As in their code, keys are the values of the global aggregation."
         ),
         use="Mix the tokens of long texts in an encoder in time linear in their number.",
+        misleads="Its causal form is ours and takes N² time: only where all tokens see all is it linear.",
     )
     test_params: ClassVar = ({"segment": 4}, {"segment": 7}, {})
 

@@ -57,7 +57,7 @@ class KeyBias(Rule):
         value: Whether a value is learned for it; otherwise it is zero. Without a key, it is added to each output.
 
     Example:
-        Softmax off by one halves a row that agrees with its one key as little as with nothing:
+        Softmax off by one halves a row that agrees with its one key as little as with nothing.
 
         >>> import torch, foveate
         >>> from foveate.replace import KeyBias

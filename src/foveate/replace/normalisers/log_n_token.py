@@ -32,13 +32,14 @@ class LogNToken(Rule):
         tokens: How many first tokens are special; 0 changes nothing.
 
     Example:
-        On a text of 12 tokens, the first output of an encoder changes, and the others with it from the second layer on:
+        On a text of 12 tokens, the first output of an encoder changes, and the others with it from the second layer on.
 
         >>> import foveate
+        >>> from foveate.replace import LogNToken
         >>> from foveate.testing import tiny
         >>> model, inputs = tiny.model("bert"), tiny.inputs("bert", length=12)
         >>> before = model(**inputs)[0]
-        >>> model = foveate.convert(model, "log_n_token:trained=512")
+        >>> model = foveate.convert(model, LogNToken(trained=512))
         >>> after = model(**inputs)[0]
         >>> bool((after - before)[:, 0].abs().max() > 1e-6)
         True

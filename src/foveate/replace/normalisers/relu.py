@@ -34,7 +34,7 @@ class Relu(Rule):
         alpha: Power of the number of keys by which weights are divided; 0 leaves them as they are.
 
     Example:
-        The second token agrees with itself alone, and the third too; the first has no weight for them:
+        The second token agrees with itself alone, and the third too; the first has no weight for them.
 
         >>> import torch, foveate
         >>> from foveate.replace import Relu

@@ -37,7 +37,7 @@ class Sigmoid(Rule):
             each row may see; 1 is no bias.
 
     Example:
-        A fresh module attends about as much in all as softmax does, and without the bias to much more:
+        A fresh module attends about as much in all as softmax does, and without the bias to much more.
 
         >>> import torch, foveate
         >>> from foveate.replace import Sigmoid

@@ -18,7 +18,7 @@ class Softmax(Rule):
     p_ij = exp(s_ij - lse_i),    lse_i = ln \sum_j exp s_ij,    s_ij = scale q_i . k_j
 
     Example:
-        A model that was converted gets its own attention back:
+        A model that was converted gets its own attention back.
 
         >>> import foveate
         >>> from foveate.testing import tiny
@@ -39,5 +39,6 @@ class Softmax(Rule):
         equation="p_ij = exp(s_ij) / sum_j exp(s_ij)",
         differs="nothing known",
         use="Compare other rules with it, or take one off again.",
+        misleads="A model that was trained under another rule is not made for it.",
     )
     identity: ClassVar[dict[str, Any] | None] = {}

@@ -31,9 +31,12 @@ class RelativeConvolution(Mixer):
     The state is the last `kernel` - 1 projections and the keys and values that were convolved.
 
     Example:
+        Each query, key and value knows the two tokens before its own.
+
         >>> import torch, foveate
         >>> from foveate.replace import RelativeConvolution
-        >>> attention = foveate.nn.Attention(32, heads=4, rule=RelativeConvolution(span=64))
+        >>> rule = RelativeConvolution(span=64)
+        >>> attention = foveate.nn.Attention(32, heads=4, rule=rule)
         >>> attention(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 
@@ -56,7 +59,8 @@ class RelativeConvolution(Mixer):
             "start at 0; vectors for later keys, which a causal text never reads, are left out; there may be fewer "
             "key-value heads"
         ),
-        use="Small language models trained from nothing; a loaded model loses its projections.",
+        use="Small language models trained from nothing.",
+        misleads="A loaded model loses its projections to it.",
     )
     full: ClassVar[bool] = False
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({"span": 64}, {"kernel": 5, "span": 4})

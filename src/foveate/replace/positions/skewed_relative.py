@@ -28,9 +28,12 @@ class SkewedRelative(Rule):
     of a layer is `span` x dim for e and rows x keys for a block.
 
     Example:
+        A vector for each of 64 distances, in each head.
+
         >>> import torch, foveate
         >>> from foveate.replace import SkewedRelative
-        >>> attention = foveate.nn.Attention(32, heads=4, rule=SkewedRelative(span=64))
+        >>> rule = SkewedRelative(span=64)
+        >>> attention = foveate.nn.Attention(32, heads=4, rule=rule)
         >>> attention(torch.randn(2, 5, 32)).shape
         torch.Size([2, 5, 32])
 

@@ -28,9 +28,12 @@ class UniversalRelative(Rule):
     apart.
 
     Example:
+        Where all tokens are the same, places can still be told apart.
+
         >>> import torch, foveate
         >>> from foveate.replace import UniversalRelative
-        >>> attention = foveate.nn.Attention(32, heads=4, rule=UniversalRelative())
+        >>> rule = UniversalRelative()
+        >>> attention = foveate.nn.Attention(32, heads=4, rule=rule)
         >>> same = torch.ones(1, 5, 32)
         >>> attention.rule.learned.factor.data.normal_().shape
         torch.Size([4, 255])

@@ -31,7 +31,7 @@ class EntropyGuided(Rule):
     with the entropies H_hi of the rows of one text of T tokens; the mean is also over the texts of the batch.
 
     Example:
-        The loss comes from `foveate.nn.auxiliary_loss`:
+        The loss comes from `foveate.nn.auxiliary_loss`.
 
         >>> import torch, foveate
         >>> from foveate.replace import EntropyGuided
@@ -67,6 +67,7 @@ class EntropyGuided(Rule):
             "published; T counts real tokens; the loss is as in its algorithm 1, its code sums over rows"
         ),
         use="Train small models with few nonlinearities, whose heads would look at everything or at one token.",
+        misleads="The thresholds learn from the loss alone: without `auxiliary_loss` in the sum nothing holds a head.",
     )
     identity: ClassVar[dict[str, Any] | None] = {"temperature": 1.0}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"positions": 8, "temperature": 0.3})

@@ -31,11 +31,12 @@ class GaussianAdaptive(Mixer):
     head. A causal text has running ones, over the tokens up to each, and so a state of three numbers per channel.
 
     Example:
-        Which features matter, from 0 to 1:
+        Which features matter, from 0 to 1.
 
         >>> import torch, foveate
         >>> from foveate.replace import GaussianAdaptive
-        >>> attention = foveate.nn.Attention(8, heads=2, rule=GaussianAdaptive())
+        >>> rule = GaussianAdaptive()
+        >>> attention = foveate.nn.Attention(8, heads=2, rule=rule)
         >>> x = torch.randn(2, 5, 8)
         >>> attention(x).shape, attention.rule.learned.importance(x).shape
         (torch.Size([2, 5, 8]), torch.Size([8]))
