@@ -1,8 +1,8 @@
 """Whether attention solves associative recall at widths at which a gated convolution does not.
 
 Multi-query associative recall with 8 pairs in 64 tokens of a vocabulary of 512. The gated convolution is Hyena's with
-an explicit filter. Each mixer has the learning rate that was best for it, of three, by the mean over the seeds; both have
-a convolution of three taps in front of them, without which attention does not learn the task in so few steps.
+an explicit filter. Each mixer has the learning rate that was best for it, of three, by the mean over the seeds; both
+have a convolution of three taps in front of them, without which attention does not learn the task in so few steps.
 """
 
 from __future__ import annotations
