@@ -61,6 +61,7 @@ class Relu(Rule):
         "Learned sinks of a model have no part in it, for nothing is normalised",
         use="to train a small model without attention sinks",
         misleads="a loaded model is not as it was: softmax compares scores, and gives weight to those below zero too",
+        claims=("sinks_emerge",),
     )
     test_params: ClassVar = ({}, {"alpha": 0.5})
 

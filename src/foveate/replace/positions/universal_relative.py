@@ -58,6 +58,7 @@ class UniversalRelative(Rule):
         ),
         use="Tasks that need to know where a token is, in models without other positions.",
         misleads="Its weights are no shares: they may be negative, and rows do not sum to 1.",
+        claims=("universal_relative",),
     )
     identity: ClassVar[dict[str, Any] | None] = {}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"span": 4})
