@@ -72,6 +72,7 @@ class Softplus(Rule):
         "part in it: cosines are bounded, and rows sum to 1. In half precision it is worked out in single",
         use="to train a model on short texts that is to read long ones",
         misleads="a loaded model is not as it was: its queries lose their size, which said how sharply they choose",
+        claims=("softplus_lengths",),
     )
     test_params: ClassVar = (
         {},
