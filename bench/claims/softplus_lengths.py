@@ -41,7 +41,9 @@ class Reweighted(Rule):
     def normalise(self, block: Any, scores: Tensor) -> Tensor:
         p = Rule.normalise(self, block, scores)
         n = (scores > -torch.inf).sum(-1, keepdim=True)
-        u = (n * p - (n > 3).to(p.dtype)).clamp_min(0) ** self.power
+        u = (n * p - (n > 3).to(p.dtype)).clamp_min(0)
+        # in shares of the largest, whose power cannot overflow
+        u = (u / u.amax(-1, keepdim=True).clamp_min(1e-12)) ** self.power
         total = u.sum(-1, keepdim=True)
         return torch.where(total > 0, u / total, p)
 
