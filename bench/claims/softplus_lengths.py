@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 import torch
 from _claim import mean, write
 from _trained import MODEL, carried_out, characters, command, home, last, less, runs
-from foveate.training.experiment import label
-from foveate.training.loop import JUDGED
-from foveate.training.model import Decoder
-from foveate.training.run import Run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate.core.card import Card, Needs
 from foveate.core.rule import Rule
+from foveate.training.experiment import label
+from foveate.training.loop import JUDGED
+from foveate.training.model import Decoder
+from foveate.training.run import Run
 
 LENGTH, LONGER, FAR = 64, 16, 1024
 SOFTMAX, BARE, WEIGHED = "softmax", "softplus:power=1.0,offset=0.0", "softplus:power=3.0"
