@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import foveate
+from attending import HEADS, KV_HEADS, LENGTH, WIDTH, module, projected, texts
 from foveate.core.errors import BadInput
 from foveate.core.reductions import Sample
 from foveate.core.rows import RowBlock, attend
@@ -20,26 +21,7 @@ from foveate.replace.positions._relative import skewed
 from foveate.testing import tiny, views
 from foveate.testing.checks.measuring import ruled
 
-WIDTH, HEADS, KV_HEADS, LENGTH = 16, 4, 2, 9
 DIM = WIDTH // HEADS
-
-
-def module(rule: object, **options: object) -> Attention:
-    torch.manual_seed(0)
-    made = Attention(WIDTH, HEADS, KV_HEADS, rule, **options).double().eval()
-    for parameter in made.rule.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return made
-
-
-def texts() -> Tensor:
-    return torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def projected(attention: Attention, x: Tensor) -> list[Tensor]:
-    """q, k and v, [batch, heads, length, dim], key-value heads repeated."""
-    found = [attention.heads_of(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    return [t.repeat_interleave(HEADS // t.shape[1], 1) for t in found]
 
 
 def weights(scores: Tensor, causal: bool = True) -> Tensor:

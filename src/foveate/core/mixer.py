@@ -14,7 +14,7 @@ from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.rule import Operator, Sizes
 
-__all__ = ["Mixer", "StateLayer", "Tokens"]
+__all__ = ["Mixer", "State", "StateLayer", "Tokens"]
 
 State = dict[str, Tensor]
 

@@ -8,11 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foveate.core.mixer import Tokens
+from foveate.core.mixer import State, Tokens
 
 __all__ = ["Groups", "State"]
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,7 @@ class LocalLatent(Mixer):
         misleads="Put into a loaded model by `convert` it begins untrained, and is a stack in the place of one layer.",
     )
     test_params: ClassVar = (
-        {"group": 4, "latents": 2, "max_groups": 20},
+        {"group": 4, "latents": 2, "global_layers": 2, "max_groups": 20},
         {"group": 5, "latents": 1, "stages": 3, "max_groups": 20},
         {"group": 3, "stages": 1, "local_layers": 2},
     )

@@ -115,11 +115,12 @@ def remembers(m: Operator) -> None:
 @check(Rule, Mixer)
 @torch.no_grad()
 def order(m: Operator) -> None:
-    """No token of a causal text sees a later one; where all see all, they do."""
+    """No token of a causal text sees a later one."""
+    if not m.causal:
+        raise Skip("it has no causal form")
     module, x = layer(m), texts()
     changed = torch.cat([x[:, :14], texts(seed=1)[:, 14:]], 1)
-    if m.causal:
-        agree(module(changed)[:, :14], module(x)[:, :14], "tokens 0 to 13 with other ones after them", 1e-5)
+    agree(module(changed)[:, :14], module(x)[:, :14], "tokens 0 to 13 with other ones after them", 1e-5)
 
 
 @check(Rule, Mixer)
