@@ -25,7 +25,7 @@ check: lint types test docs
 
 lint: $(DEV)
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 
 types: $(DEV)
 	$(BIN)/mypy

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from _claim import mean, write
 from _trained import carried_out, command, last, less, runs
+
 from foveate.training.run import Optimisation, Size
 from foveate.training.tasks.backcopy import Backcopy
 

@@ -13,13 +13,13 @@ import time
 import torch
 from _claim import mean, number, write
 from _trained import SIZE, carried_out, command, last, less, options, runs
-from foveate.training.run import Optimisation
-from foveate.training.tasks.characters import Characters
 
 from foveate.core.mask import Mask
 from foveate.core.rows import View, attend
 from foveate.core.rule import Rule
 from foveate.replace import Subsampled
+from foveate.training.run import Optimisation
+from foveate.training.tasks.characters import Characters
 
 LENGTH, PART = 128, 60_000
 DENSE, SOME = "softmax", "subsampled:every=4"
