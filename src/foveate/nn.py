@@ -1,4 +1,4 @@
-r"""One attention module around any rule or mixer: `Attention(dim, heads, kv_heads, rule=…)`.
+r"""One attention module around any rule, recurrence or mixer: `Attention(dim, heads, kv_heads, rule=…)`.
 
 q, k, v = W_q x, W_k c, W_v c,    c = x, or another sequence,    out = W_o concat_h(rule(q_h, k_h, v_h))
 """
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from foveate.core.errors import BadInput
 from foveate.core.mask import Mask
 from foveate.core.mixer import Mixer
+from foveate.core.recurrence import Recurrence
 from foveate.core.rows import Layer, View, attend
 from foveate.core.rule import Operator, Sizes
-from foveate.core.standing import Standing, auxiliary_loss, called, check_form, use_cache
+from foveate.core.standing import Standing, auxiliary_loss, called, check_form, state_layer, use_cache
 
 __all__ = ["Attention", "auxiliary_loss", "rotated"]
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         dim: Width of the input and of the output.
         heads: Query heads.
         kv_heads: Key-value heads; None: as many as query heads.
-        rule: The rule or mixer, or its name.
+        rule: The rule, recurrence or mixer, or its name.
         rope: Base of the rotary positions, 10000 in Llama; None: no positions.
         head_dim: Width of a head; None: dim / heads.
         causal: Whether no token sees a later one (never in cross-attention).
@@ -91,13 +92,14 @@ class Attention(nn.Module):
         self.sizes = Sizes(dim, heads, kv_heads, width, layer)
         self.causal, self.window, self.rope, self.dropout = causal, window, rope, dropout
         self.crosses = context_dim is not None
-        if isinstance(operator, Mixer):
-            if self.crosses or window is not None:
-                what = f"context_dim={context_dim}" if self.crosses else f"window={window}"
-                raise BadInput(
-                    f"{type(operator).__name__} mixes the tokens of one sequence, all of them; leave {what} out"
-                )
-        else:
+        if isinstance(operator, Mixer | Recurrence) and (self.crosses or window is not None):
+            what = f"context_dim={context_dim}" if self.crosses else f"window={window}"
+            raise BadInput(f"{type(operator).__name__} mixes the tokens of one sequence, all of them; leave {what} out")
+        if isinstance(operator, Recurrence) and dropout:
+            raise BadInput(
+                f"{type(operator).__name__} forms no weights that could be dropped; leave dropout={dropout} out"
+            )
+        if not isinstance(operator, Mixer):
             source = context_dim or dim
             self.q_proj = nn.Linear(dim, heads * width, bias=bias)
             self.k_proj = nn.Linear(source, kv_heads * width, bias=bias)
@@ -130,7 +132,8 @@ class Attention(nn.Module):
         past = 0 if cache is None else cache.get_seq_length(self.sizes.layer)
         if standing is not None and isinstance(standing.operator, Mixer):
             return standing.mix(x, self.seen(x, past + x.shape[1], mask), cache)
-        if cache is not None:
+        recurs = standing is not None and isinstance(standing.operator, Recurrence)
+        if cache is not None and not recurs:
             use_cache(cache, self.sizes.layer, None if standing is None else standing.operator)
         source = x if context is None else context
         # what comes from another sequence is filled once
@@ -150,6 +153,11 @@ class Attention(nn.Module):
             if self.rope is not None and not self.crosses:
                 place = seen.place.clamp_min(0)
                 q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
+            if recurs:
+                assert standing is not None
+                layer = None if cache is None else state_layer(cache, self.sizes.layer, standing.operator)
+                out = standing.flow(q, k, v, x, seen, layer)
+                return self.o_proj(out.transpose(1, 2).flatten(2))
             if standing is not None:
                 v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
             if cache is not None:

@@ -45,12 +45,14 @@ from foveate.core.mechanism import (
 from foveate.core.places import check_places, spans_of
 from foveate.core.policy import Policies, chosen, compress
 from foveate.core.prefix import PrefixLayer, prefix_layers
+from foveate.core.recurrence import Recurrence
 from foveate.core.reductions import Match, Reduction
 from foveate.core.removing import Gone, Removal, among_left, gone_ones, make_room, removed
 from foveate.core.results import Results, collect
 from foveate.core.rows import Engine, Layer, Rows, View
 from foveate.core.rows import attend as attend_rows
-from foveate.core.standing import Mixed, Standing
+from foveate.core.rule import Rule
+from foveate.core.standing import Mixed, Standing, flowed
 
 __all__ = ["Attached", "attach", "attention_layers"]
 
@@ -156,7 +158,7 @@ def names_its_places(
         if isinstance(m, Policy) or gone_ones(m, mixed):
             raise BadInput(
                 f"{type(m).__name__} acts on rows of attention, which layers {', '.join(map(str, mixed))} of "
-                f"{type(model).__name__} have not: mixers stand there"
+                f"{type(model).__name__} have not: a mixer or a recurrence stands there"
             )
     gone = gone_from(layers)
     for m in mechanisms if gone else ():
@@ -268,8 +270,14 @@ def gone_from(layers: dict[torch.nn.Module, Layer]) -> tuple[int, ...]:
 
 
 def mixed_in(layers: dict[torch.nn.Module, Layer]) -> tuple[int, ...]:
-    """Numbers of the layers that have a mixer in the place of their attention."""
-    return tuple(layer.index for module, layer in layers.items() if isinstance(module, Mixed))
+    """Numbers of the layers that have no rows of attention: a mixer or a recurrence stands there."""
+    return tuple(layer.index for module, layer in layers.items() if not has_rows(module))
+
+
+def has_rows(module: torch.nn.Module) -> bool:
+    """Whether this module computes attention by rows."""
+    standing = standing_in(module)
+    return standing is None or isinstance(standing.operator, Rule)
 
 
 def on_interface(module: torch.nn.Module) -> bool:
@@ -391,6 +399,9 @@ class Attached:
             attention_mask, module, query.shape[2], keys, query.device, is_causal, sliding_window, layer.cross, offset
         )
         self.note(layer, mask)
+        standing = standing_in(module)
+        if standing is not None and isinstance(standing.operator, Recurrence):
+            return flowed(standing, query, key, value, mask, scaling), None
         view = call_of(
             module,
             query,

@@ -1,7 +1,7 @@
 r"""One block of tokens of a recurrence as matrix products, forward and backward.
 
-The block is n chunks of C tokens. With G_i the sum of log decays from the first token of a chunk to token i, S the state
-before the chunk and u = v for additive writes,
+The block is n chunks of C tokens. With G_i the sum of log decays from the first token of a chunk to token i, S the
+state before the chunk and u = v for additive writes,
 
     A_ij = \sum_c q_ic k_jc exp(G_ic - G_jc)              j <= i in the chunk
     out  = (q exp G) S + A u
@@ -81,22 +81,22 @@ class Block:
 
     @property
     def since(self) -> Tensor | None:
-        """exp G: what is left of the state before the chunk, per token."""
+        """What is left of the state before the chunk, per token: exp G."""
         return None if self.sums is None else self.sums.to(self.k.dtype).exp()
 
     @property
     def until(self) -> Tensor | None:
-        """exp(G_C - G): what is left of each token at the end of the chunk."""
+        """What is left of each token at the end of the chunk: exp(G_C - G)."""
         return None if self.sums is None else self.grown(self.sums[:, :, -1:], self.sums)
 
     @property
     def whole(self) -> Tensor | None:
-        """exp G_C, as a factor on states: [heads, chunks, 1 | key, 1]."""
+        """What a chunk leaves of a state, exp G_C: [heads, chunks, 1 | key, 1]."""
         return None if self.sums is None else self.sums[:, :, -1, :, None].to(self.k.dtype).exp()
 
     @property
     def pairs(self) -> Tensor | None:
-        """exp(G_i - G_j) for j <= i, else 0, where decays are one per head: [heads, chunks, size, size]."""
+        """Decays from token j to i, exp(G_i - G_j), 0 for j > i, where they are one per head, or None."""
         if self.sums is None or self.sums.shape[3] > 1:
             return None
         logs = self.sums - self.sums.transpose(2, 3)

@@ -23,10 +23,23 @@ from foveate.core.errors import BadInput, NotSupported
 from foveate.core.hooks import all_configs
 from foveate.core.masking import as_mask, build_mask
 from foveate.core.mixer import Mixer
+from foveate.core.recurrence import Recurrence
 from foveate.core.rows import Layer
 from foveate.core.rows import attend as attend_rows
 from foveate.core.rule import Operator, Rule, Sizes
-from foveate.core.standing import CACHES, OTHERS, Mixed, Standing, called, check_form, named, recalled, use_cache
+from foveate.core.standing import (
+    CACHES,
+    OTHERS,
+    Mixed,
+    Standing,
+    called,
+    check_form,
+    flowed,
+    named,
+    recalled,
+    state_layer,
+    use_cache,
+)
 
 __all__ = ["KEY", "convert", "converted_layers", "register", "restore"]
 
@@ -41,8 +54,8 @@ VALUE_PROJECTIONS = ("v_proj", "value", "v_lin", "v")
 def convert(model: PreTrainedModel, rule: Operator | str, layers: int | Iterable[int] | None = None) -> PreTrainedModel:
     """Puts another attention into a loaded model, in place.
 
-    Under a rule all weights stay, and the rule's own parameters come beside them; a mixer takes the place of the
-    attention module and its weights. The model can then be run, trained (with peft too), copied, attached to, saved
+    Under a rule or a recurrence all weights stay, and its own parameters come beside them; a mixer takes the place of
+    the attention module and its weights. The model can then be run, trained (with peft too), copied, attached to, saved
     with `save_pretrained` and opened with `foveate.load`. A layer can be converted again; `"softmax"` gives a rule
     back.
 
@@ -234,14 +247,22 @@ def called_with(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     standing.hidden = args[0] if args else kwargs["hidden_states"]
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     crossing = any(kwargs.get(name) is not None for name in OTHERS)
-    if cache is not None and not crossing:
+    recurs = isinstance(standing.operator, Recurrence)
+    if recurs and crossing:
+        raise NotSupported(
+            f"{type(standing.operator).__name__} keeps a state of one sequence and cannot look at another one; leave "
+            "cross-attention as it is: foveate.convert(model, rule, layers=...)"
+        )
+    if cache is not None and recurs:
+        standing.layer = state_layer(cache, standing.sizes.layer, standing.operator)
+    elif cache is not None and not crossing:
         use_cache(cache, standing.sizes.layer, standing.operator)
 
 
 def forgotten(module: torch.nn.Module, args: tuple, output: Any) -> None:
     """Lets go of the input of an attention module."""
     if (standing := standing_in(module)) is not None:
-        standing.hidden = None
+        standing.hidden = standing.layer = None
 
 
 def written_values(standing: Standing, module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -271,6 +292,9 @@ def attention(
     mask = as_mask(
         attention_mask, module, query.shape[2], key.shape[2], query.device, is_causal, sliding_window, cross=False
     )
+    standing = standing_in(module)
+    if standing is not None and isinstance(standing.operator, Recurrence):
+        return flowed(standing, query, key, value, mask, scaling), None
     view = call_of(
         module,
         query,
@@ -282,6 +306,5 @@ def attention(
         s_aux=s_aux,
         position_bias=position_bias,
     )(key, value, mask)
-    standing = standing_in(module)
     rows = attend_rows(view) if standing is None else standing.attend(view)
     return rows.out.transpose(1, 2).contiguous(), None

@@ -29,6 +29,7 @@ class Tokens:
         causal: Whether no token may see a later one.
         place: Which token of its text each one is, from 0; of padding in front negative.
         training: Whether the model is being trained.
+        opens: Which tokens open a text behind another one, where several are packed; None: none does.
     """
 
     x: Float[Tensor, "batch query width"]
@@ -36,10 +37,13 @@ class Tokens:
     causal: bool
     place: Int[Tensor, "batch query"]
     training: bool = False
+    opens: Bool[Tensor, "batch query"] | None = None
 
     @classmethod
-    def of(cls, x: Float[Tensor, "batch query width"], mask: Mask, training: bool = False) -> Tokens:
-        """The tokens of a call whose mask is one of padding and order alone.
+    def of(
+        cls, x: Float[Tensor, "batch query width"], mask: Mask, training: bool = False, packed: bool = False
+    ) -> Tokens:
+        """The tokens of a call whose mask is one of padding and order alone, and of packed texts where it may be.
 
         Raises:
             NotSupported: the mask says more: a window, packed texts, a pattern of the caller's own.
@@ -48,14 +52,18 @@ class Tokens:
         real = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask.valid is None else mask.valid
         place = mask.place.expand(batch, -1)
         low, high = (t.expand(batch, -1) for t in (mask.low, mask.high))
-        begin = mask.text_begin.clamp_min(0)[:, None]
+        begin = (mask.starts if packed else mask.text_begin[:, None]).clamp_min(0)
         wrong = mask.dense is not None or bool(((low != begin) & real & (high > low)).any())
         if wrong or (mask.causal and bool(((high != mask.position + 1) & real).any())):
             raise NotSupported(
-                "a mixer of tokens knows padding and order, not windows, packed texts or masks of the caller's own; "
-                "run such calls with a rule"
+                f"what keeps a state knows padding and order, not windows{'' if packed else ', packed texts'} or masks "
+                "of the caller's own; run such calls with a rule"
             )
-        return cls(torch.where(real[..., None], x, 0.0), real.expand(batch, -1), mask.causal, place, training)
+        real, opens = real.expand(batch, -1), None
+        if packed:
+            opens = (low == mask.position) & (mask.position > mask.text_begin[:, None]) & real
+            opens = opens if bool(opens.any()) else None
+        return cls(torch.where(real[..., None], x, 0.0), real, mask.causal, place, training, opens)
 
 
 class Mixer(Operator):
@@ -72,15 +80,16 @@ class Mixer(Operator):
 
 
 class StateLayer(CacheLayerMixin):
-    """One layer of a transformers cache that holds the state of a mixer.
+    """One layer of a transformers cache that holds the state of a mixer or a recurrence.
 
     Args:
         operator: Whose state it is.
+        passes: Whether keys and values are handed on as they come, to a recurrence that takes them into its state.
     """
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, passes: bool = False) -> None:
         super().__init__()
-        self.operator = operator
+        self.operator, self.passes = operator, passes
         self.state: State = {}
         self.seen = 0
 
@@ -88,7 +97,13 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Raises `BadInput`: a state takes no keys."""
+        """The new keys and values.
+
+        Raises:
+            BadInput: the state of a mixer takes none.
+        """
+        if self.passes:
+            return key_states, value_states
         raise BadInput(
             f"this cache holds the state of {type(self.operator).__name__}, not keys and values; start with a new one"
         )

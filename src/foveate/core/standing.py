@@ -14,6 +14,7 @@ from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.masking import as_mask
 from foveate.core.mixer import Mixer, StateLayer, Tokens
+from foveate.core.recurrence import Heads, Recurrence
 from foveate.core.rows import Rows, View, attend
 from foveate.core.rule import Operator, Rule, Sizes
 from foveate.core.written import read, written
@@ -26,6 +27,7 @@ __all__ = [
     "auxiliary_loss",
     "called",
     "check_form",
+    "flowed",
     "named",
     "recalled",
     "use_cache",
@@ -45,16 +47,21 @@ class Standing(torch.nn.Module):
     weights are not taken for those of another one.
 
     Args:
-        operator: The rule or mixer.
+        operator: The rule, recurrence or mixer.
         sizes: Sizes of the layer.
     """
 
     def __init__(self, operator: Operator, sizes: Sizes) -> None:
         super().__init__()
         self.operator, self.sizes = operator, sizes
-        self.learned = operator.module(sizes) if isinstance(operator, Mixer) else self.as_rule.learned(sizes)
+        if isinstance(operator, Mixer):
+            self.learned: torch.nn.Module | None = operator.module(sizes)
+        else:
+            assert isinstance(operator, Rule | Recurrence)
+            self.learned = operator.learned(sizes)
         # of the running call, and of the last one in training
         self.hidden: Tensor | None = None
+        self.layer: StateLayer | None = None
         self.loss: Tensor | None = None
 
     @property
@@ -85,9 +92,30 @@ class Standing(torch.nn.Module):
             layer.state, layer.seen, layer.is_initialized = state, layer.seen + x.shape[1], True
         return torch.where(tokens.real[..., None], out, 0.0).to(x.dtype)
 
+    def flow(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        mask: Mask,
+        layer: StateLayer | None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Head outputs of a recurrence for the new tokens of one call; its state is in a layer of a cache."""
+        assert isinstance(self.operator, Recurrence)
+        tokens = Tokens.of(x, mask, self.training, packed=True)
+        if not bool(tokens.real.all()):
+            q, k, v = (torch.where(tokens.real[:, None, :, None], t, 0.0) for t in (q, k, v))
+        heads = Heads(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale, self.learned, self.sizes)
+        out, state = self.operator.flow(heads, None if layer is None else layer.state)
+        if layer is not None:
+            layer.state, layer.seen, layer.is_initialized = state, layer.seen + x.shape[1], True
+        return torch.where(tokens.real[:, None, :, None], out, 0.0).to(q.dtype)
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy is of the layer, not of the call that is running in it
-        return self.__dict__ | {"hidden": None, "loss": None}
+        return self.__dict__ | {"hidden": None, "loss": None, "layer": None}
 
     def extra_repr(self) -> str:
         return repr(self.operator)
@@ -156,6 +184,13 @@ class Mixed(torch.nn.Module):
         return self.rule.mix(x, mask, cache), None
 
 
+def flowed(standing: Standing, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None) -> Tensor:
+    """Outputs of a recurrence in a converted model, [batch, query, heads, value_dim]."""
+    assert standing.hidden is not None
+    out = standing.flow(query, key, value, standing.hidden, mask, standing.layer, scaling)
+    return out.transpose(1, 2).contiguous()
+
+
 def called(operator: Any) -> Operator:
     """The operator itself, or the one of this name, as `name` or `name:param=value`.
 
@@ -165,7 +200,9 @@ def called(operator: Any) -> Operator:
     found = registry.make(operator, "replace") if isinstance(operator, str) else operator
     if not isinstance(found, Operator):
         kind = type(found).__name__
-        raise BadInput(f"{kind} is no rule or mixer, so it cannot stand as attention; `foveate list --verb replace`")
+        raise BadInput(
+            f"{kind} is no rule, recurrence or mixer, so it cannot stand as attention; `foveate list --verb replace`"
+        )
     return found
 
 
@@ -228,14 +265,14 @@ def use_cache(cache: Any, index: int, operator: Operator | None) -> None:
 
 
 def state_layer(cache: Any, index: int, operator: Operator) -> StateLayer:
-    """The place of a mixer's state in a transformers cache, made where there is none.
+    """The place of a state in a transformers cache, made where there is none.
 
     Raises:
         BadInput: something else stands there.
     """
-    layers = cache.layers
+    layers, fresh = cache.layers, StateLayer(operator, isinstance(operator, Recurrence))
     while len(layers) <= index:
-        layers.append(cache.layer_class_to_replicate() if len(layers) < index else StateLayer(operator))
+        layers.append(cache.layer_class_to_replicate() if len(layers) < index else fresh)
     layer = layers[index]
     if not isinstance(layer, StateLayer):
         if layer.get_seq_length():
@@ -243,7 +280,7 @@ def state_layer(cache: Any, index: int, operator: Operator) -> StateLayer:
                 f"layer {index} of this cache holds keys and values, which {operator!r} cannot read; start with a "
                 f"new one"
             )
-        layer = layers[index] = StateLayer(operator)
+        layer = layers[index] = fresh
     if layer.operator != operator:
         raise BadInput(
             f"layer {index} of this cache was made by {layer.operator!r} and cannot be read by {operator!r}; start "

@@ -88,7 +88,7 @@ class Scan:
         batch, heads, _, dim = self.k.shape
         return batch, heads, dim, self.v.shape[3] + self.normalised
 
-    def empty(self) -> Float[Tensor, "batch kv_heads key value"]:
+    def empty(self) -> Float[Tensor, "batch kv_heads key written"]:
         """The state before the first token."""
         return torch.zeros(self.state_shape, dtype=exact(self.q), device=self.q.device)
 
@@ -99,8 +99,8 @@ def exact(x: Tensor) -> torch.dtype:
 
 
 def run(
-    scan: Scan, state: Float[Tensor, "batch kv_heads key value"] | None = None, form: Form = "auto", chunk: int = 0
-) -> tuple[Float[Tensor, "batch heads query value"], Float[Tensor, "batch kv_heads key value"]]:
+    scan: Scan, state: Float[Tensor, "batch kv_heads key written"] | None = None, form: Form = "auto", chunk: int = 0
+) -> tuple[Float[Tensor, "batch heads query value"], Float[Tensor, "batch kv_heads key written"]]:
     """The outputs of a scan, in the dtype of its queries, and the state behind its last token.
 
     Args:
@@ -268,22 +268,14 @@ def chunk_for(length: int, key: int, value: int) -> int:
 
 
 def padded(scan: Scan, length: int) -> Scan:
-    """With tokens behind that write nothing."""
+    """With tokens behind that write nothing and let nothing decay."""
     more = length - scan.k.shape[2]
     if not more:
         return scan
-
-    def longer(x: Tensor, dim: int = 2) -> Tensor:
-        shape = list(x.shape)
-        shape[dim] = more
-        return torch.cat([x, x.new_zeros(shape)], dim)
-
-    decay = scan.decay
-    if decay is not None:
-        # what is left behind the last real token is the state
-        decay = longer(per_token(decay, scan.k))
-    beta = None if scan.beta is None else longer(scan.beta)
-    return replace(scan, q=longer(scan.q), k=longer(scan.k), v=longer(scan.v), decay=decay, beta=beta)
+    decay = None if scan.decay is None else filled(per_token(scan.decay, scan.k), more)
+    beta = None if scan.beta is None else filled(scan.beta, more)
+    q, k, v = (filled(x, more) for x in (scan.q, scan.k, scan.v))
+    return replace(scan, q=q, k=k, v=v, decay=decay, beta=beta)
 
 
 def chunked(scan: Scan, state: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
@@ -305,36 +297,30 @@ def stretches(length: int, size: int, numbers: int) -> list[tuple[int, int]]:
     return [(a, min(length, a + step)) for a in range(0, length, step)]
 
 
-def block_at(tensors: tuple[Tensor | None, ...], a: int, b: int, size: int) -> Block:
+def block_at(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], a: int, b: int, size: int) -> Block:
     """One stretch of tokens in chunks, the last one filled up."""
     q, k, v, decay, beta = tensors
-    assert q is not None and k is not None and v is not None
     short = -(b - a) % size
 
-    def cut(x: Tensor, last: tuple[int, ...]) -> Tensor:
-        x = x[:, :, a:b] if x.shape[2] > 1 or k.shape[2] == 1 else x
-        if short and x.shape[2] > 1 or (short and b - a == 1):
-            x = torch.cat([x, x.new_zeros(*x.shape[:2], short, *x.shape[3:])], 2)
-        return x.reshape(-1, max(1, x.shape[2] // size), min(size, x.shape[2]), *last)
+    def cut(x: Tensor) -> Tensor:
+        x = filled(x[:, :, a:b], short)
+        return x.reshape(-1, x.shape[2] // size, size, *x.shape[3:])
 
-    groups = q.shape[1] // k.shape[1]
     if decay is not None:
         decay = decay.expand(k.shape[0], -1, -1, -1)
         if decay.shape[2] == 1:
             # constant: one chunk's decays are every chunk's, but for what stands behind the text
-            decay = decay.expand(-1, -1, b - a if short else size, -1)
-            if short:
-                decay = torch.cat([decay, decay.new_zeros(*decay.shape[:2], short, decay.shape[3])], 2)
+            decay = filled(decay.expand(-1, -1, b - a if short else size, -1), short)
             decay = decay.reshape(-1, decay.shape[2] // size, size, decay.shape[3])
         else:
-            decay = cut(decay, (decay.shape[3],))
-    return Block(
-        cut(grouped(q, k.shape[1]), (groups, q.shape[3])),
-        cut(k, (k.shape[3],)),
-        cut(v, (v.shape[3],)),
-        decay,
-        None if beta is None else cut(beta[..., None], (1,)),
-    )
+            decay = cut(decay)
+    beta = None if beta is None else cut(beta[..., None])
+    return Block(cut(grouped(q, k.shape[1])), cut(k), cut(v), decay, beta)
+
+
+def filled(x: Tensor, more: int) -> Tensor:
+    """With zeros behind its last token."""
+    return torch.cat([x, x.new_zeros(*x.shape[:2], more, *x.shape[3:])], 2) if more else x
 
 
 class Chunked(torch.autograd.Function):
@@ -376,8 +362,7 @@ class Chunked(torch.autograd.Function):
         d_beta = None if beta is None else torch.empty_like(beta)
         for (a, b), first in zip(reversed(ctx.parts), reversed(states), strict=True):
             block = block_at((q, k, v, decay, beta), a, b, ctx.size)
-            short = -(b - a) % ctx.size
-            d = torch.nn.functional.pad(d_out[:, :, a:b], (0, 0, 0, 0, 0, short)) if short else d_out[:, :, a:b]
+            d = filled(d_out[:, :, a:b], -(b - a) % ctx.size)
             got = block.backward(first, d.reshape(*block.q.shape[:4], -1), d_state)
             d_state = got.state
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from foveate.core.errors import BadInput
 from foveate.core.mixer import Mixer, StateLayer
+from foveate.core.recurrence import Recurrence
 from foveate.core.rows import Layer, RowBlock, View
 from foveate.core.rule import Operator, Rule
 from foveate.nn import Attention, rotated
@@ -151,10 +152,10 @@ class Decoder(nn.Module):
 def looked(
     attention: Attention, x: Float[Tensor, "batch position width"]
 ) -> tuple[Float[Tensor, "batch heads row key"], Float[Tensor, "batch kv_heads key value_dim"]] | None:
-    """The weights of an attention module, whole, and its values; None for a mixer, which has none."""
+    """The weights of an attention module, whole, and its values; None for what forms none."""
     standing = attention.rule
     rule = None if standing is None else standing.operator
-    if isinstance(rule, Mixer):
+    if isinstance(rule, Mixer | Recurrence):
         return None
     mask = attention.seen(x, x.shape[1], None)
     q, k, v = (attention.heads_of(part(x)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))

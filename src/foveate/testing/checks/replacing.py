@@ -20,6 +20,7 @@ from foveate.core.converting import convert
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Mechanism
 from foveate.core.mixer import Mixer
+from foveate.core.recurrence import Recurrence
 from foveate.core.rule import Operator, Rule
 from foveate.core.standing import named
 from foveate.testing import tiny
@@ -27,6 +28,7 @@ from foveate.testing.checks.measuring import moved, same
 from foveate.testing.checks.running import Skip, check, expect
 
 WIDTH, HEADS, KV_HEADS, LENGTH = 32, 4, 2, 23
+OPERATORS = (Rule, Recurrence, Mixer)
 
 
 def layer(m: Operator, kv_heads: int = KV_HEADS, fresh: bool = False) -> nn.Attention:
@@ -67,7 +69,7 @@ def agree(got: Tensor, want: Tensor, where: str, tolerance: float = 3e-4) -> Non
 # ---------------------------------------------------------------- in a module
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def alone(m: Operator) -> None:
     """In a batch, with padding of garbage on either side, a text gives what it gives alone."""
@@ -85,7 +87,7 @@ def alone(m: Operator) -> None:
         agree(module(other, mask=real)[1:, left : LENGTH - right], single, f"{where}, beside another text")
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def remembers(m: Operator) -> None:
     """Chunk by chunk and token by token with a cache, a padded batch gives what it gives at once."""
@@ -112,7 +114,7 @@ def remembers(m: Operator) -> None:
     agree(module(x[1:, 12:], mask=real[1:], cache=cache), want[1:, 12:], "after the other text left the batch")
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def order(m: Operator) -> None:
     """No token of a causal text sees a later one."""
@@ -123,7 +125,7 @@ def order(m: Operator) -> None:
     agree(module(changed)[:, :14], module(x)[:, :14], "tokens 0 to 13 with other ones after them", 1e-5)
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def short(m: Operator) -> None:
     """Texts of any length, and a text that is all padding, give finite numbers."""
@@ -138,7 +140,7 @@ def short(m: Operator) -> None:
     agree(out[:1], module(texts()[:1]), "beside a text that is all padding")
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 def trains(m: Operator) -> None:
     """The derivative along every parameter and the input is the one that finite differences give."""
     module, x = layer(m).double(), texts(length=11).double()
@@ -166,7 +168,7 @@ def trains(m: Operator) -> None:
         expect(close, f"the derivative along {name} is {found:.6g}, finite differences say {want:.6g}")
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def narrow(m: Operator) -> None:
     """In bfloat16 it gives nearly what it gives in float32, and the dtype of its input."""
@@ -176,7 +178,7 @@ def narrow(m: Operator) -> None:
     agree(out.float(), copy.deepcopy(module).float()(x.float()), "bfloat16 against float32", 0.06)
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def steady(m: Operator) -> None:
     """The same input gives the same output, whatever the global random state."""
@@ -188,7 +190,7 @@ def steady(m: Operator) -> None:
     agree(found[1], found[0], "the second time", 0.0)
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def says_what_it_is(m: Operator) -> None:
     """Its state dict fits a module with the same operator and is refused by one with another."""
@@ -224,7 +226,7 @@ def refuses(call: Any, *args: Any, **options: Any) -> bool:
 # ---------------------------------------------------------------- in a loaded model
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def converts(m: Operator) -> None:
     """In a converted model: padded as alone, cached as at once, saved and loaded as it was, and copied."""
@@ -277,7 +279,7 @@ def first(output: Any) -> Tensor:
     return output[0]
 
 
-@check(Rule, Mixer)
+@check(*OPERATORS)
 @torch.no_grad()
 def whose_cache(m: Operator) -> None:
     """A cache that it filled is refused by another operator, and by plain attention."""

@@ -27,6 +27,7 @@ from foveate.core.mechanism import (
     Schedule,
 )
 from foveate.core.mixer import Mixer
+from foveate.core.recurrence import Recurrence
 from foveate.core.rule import Rule
 
 __all__ = [
@@ -58,7 +59,7 @@ ROWS = (*ATTACHED, Rule)
 # those that see no attention call: the residual stream, routers
 INSIDE = (ResidualEdit, ExpertEdit)
 EDITS = (Edit, HeadEdit, *INSIDE)
-ALL = (*ROWS, *INSIDE, PromptEdit, ModelMetric, Policy, Pruner, Mixer)
+ALL = (*ROWS, *INSIDE, PromptEdit, ModelMetric, Policy, Pruner, Recurrence, Mixer)
 
 Verdict = Literal["passed", "skipped", "known failure", "failed"]
 

@@ -1,0 +1,1 @@
+"""Linear attention: features of queries and keys whose products are the weights."""
