@@ -15,6 +15,7 @@ from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Mechanism
 from foveate.core.mixer import Mixer
 from foveate.core.params import bounded
+from foveate.core.recurrence import Recurrence
 from foveate.core.rule import Rule
 from foveate.replace import Relu
 from foveate.testing import CheckFailed, check_mechanism, checks_for
@@ -109,6 +110,32 @@ class Temperature(SoundRule):
 
 @dataclass(frozen=True)
 class Mean(SoundMixer):
+    """Sound."""
+
+
+class SoundRecurrence(Recurrence):
+    """Positive features with a decay and a learned factor, by the sum of the weights."""
+
+    normalised: ClassVar[bool] = True
+    card: ClassVar = CARD
+
+    def learned(self, sizes):
+        made = torch.nn.Module()
+        made.factor = torch.nn.Parameter(torch.ones(sizes.head_dim))
+        return made
+
+    def queries(self, heads):
+        return torch.nn.functional.softplus(heads.q * heads.learned.factor)
+
+    def keys(self, heads):
+        return torch.nn.functional.softplus(heads.k)
+
+    def decay(self, heads):
+        return torch.full((1, heads.k.shape[1], 1, 1), -0.1, dtype=heads.k.dtype)
+
+
+@dataclass(frozen=True)
+class Fading(SoundRecurrence):
     """Sound."""
 
 
@@ -334,6 +361,108 @@ class DiceMixer(SoundMixer):
 # ---------------------------------------------------------------- they are caught
 
 
+# ---------------------------------------------------------------- broken recurrences
+
+
+@breaks("form")
+class NoRecurrenceDataclass(SoundRecurrence):
+    """No frozen dataclass."""
+
+
+@breaks("bounds")
+@dataclass(frozen=True)
+class UnboundedRecurrence(SoundRecurrence):
+    """Takes any factor."""
+
+    by: float = bounded(1.0, 0.5, 4.0)
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@breaks("alone")
+@dataclass(frozen=True)
+class WritesPadding(SoundRecurrence):
+    """Takes padding for text."""
+
+    def scan(self, heads, first=True):
+        return replace(super().scan(heads, first), real=None)
+
+
+@breaks("remembers", "converts")
+@dataclass(frozen=True)
+class LosesState(SoundRecurrence):
+    """Begins anew with each call."""
+
+    def flow(self, heads, state, form="auto"):
+        return super().flow(heads, None, form)
+
+
+@breaks("order")
+@dataclass(frozen=True)
+class ReadsAhead(SoundRecurrence):
+    """Lets all tokens see all others."""
+
+    def scan(self, heads, first=True):
+        return replace(super().scan(heads, first), causal=False)
+
+
+@breaks("short")
+@dataclass(frozen=True)
+class NothingAlone(SoundRecurrence):
+    """Divides by the spread of the queries over time, which one token has not."""
+
+    def queries(self, heads):
+        return super().queries(heads) / heads.q.std(2, keepdim=True)
+
+
+@breaks("trains")
+@dataclass(frozen=True)
+class CutOff(SoundRecurrence):
+    """Lets no gradient through to its factor."""
+
+    def queries(self, heads):
+        return super().queries(replace(heads, q=heads.q.detach()))
+
+
+@breaks("narrow")
+@dataclass(frozen=True)
+class CoarseRecurrence(SoundRecurrence):
+    """Adds what bfloat16 cannot hold."""
+
+    def values(self, heads):
+        return heads.v + 300.0 - 300.0 + (heads.v + 1000.0) - 1000.0
+
+
+@breaks("steady")
+@dataclass(frozen=True)
+class DiceRecurrence(SoundRecurrence):
+    """Draws its decay."""
+
+    def decay(self, heads):
+        return -torch.rand(1, heads.k.shape[1], 1, 1, dtype=heads.k.dtype)
+
+
+@breaks("forms")
+@dataclass(frozen=True)
+class ShortStep(SoundRecurrence):
+    """Takes another way token by token."""
+
+    def flow(self, heads, state, form="auto"):
+        out, after = super().flow(heads, state, form)
+        return (out * 1.01 if form == "recurrent" else out), after
+
+
+@breaks("forms")
+@dataclass(frozen=True)
+class Growing(SoundRecurrence):
+    """Keeps all keys, too."""
+
+    def flow(self, heads, state, form="auto"):
+        out, after = super().flow(heads, state, form)
+        return out, after | {"keys": heads.k}
+
+
 @pytest.mark.parametrize(("check", "cls"), BROKEN, ids=[f"{c}-{m.__name__}" for c, m in BROKEN])
 def test_broken_operators_are_caught(check: str, cls: type[Mechanism]) -> None:
     with pytest.raises(CheckFailed) as caught:
@@ -346,17 +475,19 @@ def test_broken_operators_are_caught(check: str, cls: type[Mechanism]) -> None:
 AROUND = {"says_what_it_is", "whose_cache"}
 
 
-@pytest.mark.parametrize(("kind", "check"), [(k, c) for k in (Rule, Mixer) for c in checks_for(k) if c not in AROUND])
+@pytest.mark.parametrize(
+    ("kind", "check"), [(k, c) for k in (Rule, Recurrence, Mixer) for c in checks_for(k) if c not in AROUND]
+)
 def test_every_check_has_been_seen_to_fail(kind: type[Mechanism], check: str) -> None:
     assert [cls for name, cls in BROKEN if name == check and issubclass(cls, kind)]
 
 
-@pytest.mark.parametrize("cls", [Temperature, Sharp, Mean])
+@pytest.mark.parametrize("cls", [Temperature, Sharp, Mean, Fading])
 def test_sound_ones_pass(cls: type[Mechanism]) -> None:
     assert check_mechanism(cls) == checks_for(cls)
 
 
-@pytest.mark.parametrize("cls", [Temperature, Mean])
+@pytest.mark.parametrize("cls", [Temperature, Mean, Fading])
 def test_a_state_dict_that_fits_everybody_is_caught(cls: type[Mechanism], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing.Standing, "set_extra_state", lambda self, state: None)
     with pytest.raises(CheckFailed, match="says_what_it_is"):
@@ -374,6 +505,13 @@ def test_a_state_that_is_taken_for_keys_is_caught(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(standing.StateLayer, "get_seq_length", lambda self: 0)
     with pytest.raises(CheckFailed, match="whose_cache"):
         check_mechanism(Mean, only=["whose_cache"])
+
+
+def test_a_state_that_anybody_reads_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.nn.use_cache", lambda cache, index, operator: None)
+    monkeypatch.setattr(standing.StateLayer, "get_seq_length", lambda self: 0)
+    with pytest.raises(CheckFailed, match="whose_cache"):
+        check_mechanism(Fading, only=["whose_cache"])
 
 
 def test_a_model_whose_rule_is_lost_on_the_way_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.core.errors import BadInput
 from foveate.core.mask import Mask
 from foveate.core.mixer import Mixer
-from foveate.core.recurrence import Recurrence
+from foveate.core.recurrence import Heads, Recurrence
 from foveate.core.rows import Layer, View, attend
 from foveate.core.rule import Operator, Sizes
 from foveate.core.standing import Standing, auxiliary_loss, called, check_form, state_layer, use_cache
@@ -156,7 +156,7 @@ class Attention(nn.Module):
             if recurs:
                 assert standing is not None
                 layer = None if cache is None else state_layer(cache, self.sizes.layer, standing.operator)
-                out = standing.flow(q, k, v, x, seen, layer)
+                out = standing.flow(standing.heads(q, k, v, x, seen), layer)
                 return self.o_proj(out.transpose(1, 2).flatten(2))
             if standing is not None:
                 v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
@@ -170,6 +170,26 @@ class Attention(nn.Module):
             view.rule, view.learned, view.hidden = standing.as_rule, standing.learned, x
             out = standing.attend(view).out
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Float[Tensor, "batch query dim"], mask: Bool[Tensor, "batch query"] | None = None) -> Heads:
+        """What a recurrence gets of these texts; `rule.scan(…)` of it is what the states engine computes.
+
+        Raises:
+            BadInput: no recurrence stands in the module.
+        """
+        standing = self.rule
+        if standing is None or not isinstance(standing.operator, Recurrence):
+            name = "softmax attention" if standing is None else repr(standing.operator)
+            raise BadInput(f"{name} is no recurrence; make the module with one, as elu or gated_delta")
+        self.check(x, None)
+        seen = self.seen(x, x.shape[1], mask)
+        if mask is not None:
+            x = torch.where(mask[..., None], x, 0.0)
+        q, k, v = (self.heads_of(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope is not None:
+            place = seen.place.clamp_min(0)
+            q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
+        return standing.heads(q, k, v, x, seen)
 
     def heads_of(self, x: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch heads length head_dim"]:
         """A projection, head by head."""

@@ -92,26 +92,20 @@ class Standing(torch.nn.Module):
             layer.state, layer.seen, layer.is_initialized = state, layer.seen + x.shape[1], True
         return torch.where(tokens.real[..., None], out, 0.0).to(x.dtype)
 
-    def flow(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        x: Tensor,
-        mask: Mask,
-        layer: StateLayer | None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Head outputs of a recurrence for the new tokens of one call; its state is in a layer of a cache."""
-        assert isinstance(self.operator, Recurrence)
+    def heads(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Mask, scale: float | None = None) -> Heads:
+        """The new tokens of one call, as a recurrence gets them."""
         tokens = Tokens.of(x, mask, self.training, packed=True)
         if not bool(tokens.real.all()):
             q, k, v = (torch.where(tokens.real[:, None, :, None], t, 0.0) for t in (q, k, v))
-        heads = Heads(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale, self.learned, self.sizes)
+        return Heads(q, k, v, tokens, q.shape[3] ** -0.5 if scale is None else scale, self.learned, self.sizes)
+
+    def flow(self, heads: Heads, layer: StateLayer | None) -> Tensor:
+        """Head outputs of a recurrence for the new tokens of one call; its state is in a layer of a cache."""
+        assert isinstance(self.operator, Recurrence)
         out, state = self.operator.flow(heads, None if layer is None else layer.state)
         if layer is not None:
-            layer.state, layer.seen, layer.is_initialized = state, layer.seen + x.shape[1], True
-        return torch.where(tokens.real[:, None, :, None], out, 0.0).to(q.dtype)
+            layer.state, layer.seen, layer.is_initialized = state, layer.seen + heads.q.shape[2], True
+        return torch.where(heads.tokens.real[:, None, :, None], out, 0.0).to(heads.q.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is of the layer, not of the call that is running in it
@@ -187,7 +181,7 @@ class Mixed(torch.nn.Module):
 def flowed(standing: Standing, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None) -> Tensor:
     """Outputs of a recurrence in a converted model, [batch, query, heads, value_dim]."""
     assert standing.hidden is not None
-    out = standing.flow(query, key, value, standing.hidden, mask, standing.layer, scaling)
+    out = standing.flow(standing.heads(query, key, value, standing.hidden, mask, scaling), standing.layer)
     return out.transpose(1, 2).contiguous()
 
 

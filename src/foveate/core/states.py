@@ -147,6 +147,8 @@ def prepared(scan: Scan, state: Tensor) -> tuple[Scan, Tensor]:
     q, k, v = (t.to(dtype) for t in (scan.q, scan.k, scan.v))
     decay = None if scan.decay is None else scan.decay.to(dtype)
     beta = None if scan.beta is None else scan.beta.to(dtype)
+    if decay is not None and bool((decay > 0).any()):
+        raise BadInput(f"a decay of {float(decay.exp().max()):.4g} lets the state grow; give logs of at most 0")
     if scan.normalised:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     if scan.real is not None and not bool(scan.real.all()):
@@ -228,11 +230,22 @@ def per_token(decay: Tensor, k: Tensor) -> Tensor:
 
 
 def quadratic(scan: Scan, state: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
-    """One chunk of the whole length, its weights formed."""
-    batch, kv_heads, length = scan.k.shape[:3]
-    ready = padded(scan, 1 << (length - 1).bit_length())
-    out, last = whole(ready).forward(state.flatten(0, 1))
-    return ungrouped(out.view(batch, kv_heads, -1, *out.shape[3:])[:, :, :length]), last.view_as(state)
+    """All weights at once: a state is what tokens before have written, one per channel, and what tokens behind read."""
+    batch, kv_heads, length, dim = scan.k.shape
+    groups = scan.q.shape[1] // kv_heads
+    eye = torch.eye(dim, dtype=state.dtype, device=state.device).expand(batch, kv_heads, dim, dim)
+    many = eye.repeat_interleave(groups, 1)
+    decay, beta = scan.decay, scan.beta
+    if decay is not None:
+        around = decay.new_zeros(batch, kv_heads, dim, decay.shape[3])
+        decay = torch.cat([around, per_token(decay, scan.k), around], 2)
+    if beta is not None:
+        beta = torch.cat([torch.ones_like(eye[..., 0]), beta, torch.zeros_like(eye[..., 0])], 2)
+    k = torch.cat([eye, scan.k, torch.zeros_like(eye)], 2)
+    v = torch.cat([state, scan.v, torch.zeros_like(state)], 2)
+    q = torch.cat([torch.zeros_like(many), scan.q, many], 2)
+    out = weights(Scan(q, k, v, decay, beta)) @ v.repeat_interleave(groups, 1)
+    return out[:, :, dim : dim + length], out[:, ::groups, dim + length :]
 
 
 # ---------------------------------------------------------------- recurrent

@@ -23,6 +23,7 @@ from foveate.core.mixer import Mixer
 from foveate.core.recurrence import Recurrence
 from foveate.core.rule import Operator, Rule
 from foveate.core.standing import named
+from foveate.core.states import weights
 from foveate.testing import tiny
 from foveate.testing.checks.measuring import moved, same
 from foveate.testing.checks.running import Skip, check, expect
@@ -221,6 +222,26 @@ def refuses(call: Any, *args: Any, **options: Any) -> bool:
     except BadInput:
         return True
     return False
+
+
+@check(Recurrence)
+@torch.no_grad()
+def forms(m: Recurrence) -> None:
+    """Quadratic, chunked and recurrent form agree with the weights, and a text leaves a state of one size."""
+    module, real = layer(m).double(), padded(left=4)
+    heads = module.heads(texts().double(), real)
+    scan = m.scan(heads)
+    rows = weights(scan)
+    want = m.finish(heads, rows @ heads.every_head(scan.v))
+    for form in ("quadratic", "chunked", "recurrent") if m.causal else ("auto",):
+        out, _ = m.flow(heads, None, form)
+        agree(out.transpose(1, 2)[real], want.transpose(1, 2)[real], f"the {form} form against the weights", 1e-6)
+    if m.causal:
+        left = [
+            {n: tuple(t.shape) for n, t in m.flow(module.heads(x), {})[1].items()}
+            for x in (texts().double(), texts(2, 40).double())
+        ]
+        expect(left[0] == left[1], f"its state grows with the text: {left[0]}, then {left[1]}")
 
 
 # ---------------------------------------------------------------- in a loaded model
