@@ -118,7 +118,7 @@ def read(thing: Any) -> Doc:
 def kind(cls: type) -> str:
     """The kind as the vocabulary has it, for instance `Metric` or `Rule`: what stands right under `Mechanism`.
 
-    Operators are of two kinds, which stand one step lower.
+    Operators are of three kinds, which stand one step lower.
     """
     from foveate.core.mechanism import Mechanism
     from foveate.core.rule import Operator

@@ -167,7 +167,8 @@ class Block:
         heads, chunks, size, groups, _ = q.shape
         flat = out.view(heads * chunks, size * groups, -1)
         flat.baddbmm_(q.reshape(heads * chunks, size * groups, -1), states[:, :-1].reshape(-1, *first.shape[1:]))
-        return out.view(heads, chunks, size, groups, -1), states[:, -1]
+        # a copy: a slice would keep the states of all chunks in memory
+        return out.view(heads, chunks, size, groups, -1), states[:, -1].clone()
 
     # ---------------------------------------------------------------- backward
 

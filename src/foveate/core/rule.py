@@ -47,7 +47,7 @@ class Sizes:
 
 
 class Operator(Mechanism):
-    """What can stand in a model as its attention: a rule, or a mixer.
+    """What can stand in a model as its attention: a rule, a recurrence, or a mixer.
 
     `causal` and `full` say which forms it has: one in which no token sees a later one, and one in which all see all.
     """
