@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from types import FunctionType
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
@@ -24,43 +26,75 @@ from beartype import BeartypeConf, beartype
 # an int is good where a float is asked for, as for every other type checker
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 jaxtyped = jaxtyping.jaxtyped
-# what came out of calls that were checked, by function and by what went in
-known: dict[Any, set[Any]] = {}
-# sizes as they are called in one call: by number in the order in which they come by; None: by themselves
-Sizes = dict[int, int] | None
 
+
+@dataclass
+class Memory:
+    """What was checked of one function: what came out, by what went in, and the same with sizes by name."""
+
+    outs: dict[tuple, set[tuple]] = field(default_factory=dict)
+    named: set[tuple] = field(default_factory=set)
+
+
+# by code, for functions inside of functions come into being at every call; and by name, for the `__init__` of two
+# dataclasses may have one code
+known: dict[tuple[CodeType, str, str], Memory] = defaultdict(Memory)
 # how a kind of value is told, found once for each kind
-ways: dict[type, Callable[[Any, Sizes], Any] | None] = {}
+MUTE, ARRAY, WORD, SEVERAL, NAMED = range(5)
+ways: dict[type, int] = {}
 
 
-def kinds(value: Any, sizes: Sizes) -> Any:
-    """What a check of a value depends on."""
-    kind = type(value)
-    if kind not in ways:
-        ways[kind] = way(kind)
-    told = ways[kind]
-    return kind if told is None else (kind, told(value, sizes))
-
-
-def way(kind: type) -> Callable[[Any, Sizes], Any] | None:
-    """How values of a kind are told apart; None: they are not."""
+def way(kind: type) -> int:
+    """How values of a kind are told apart."""
     if issubclass(kind, torch.Tensor | np.ndarray):
-        return shaped
-    if issubclass(kind, tuple | list):
-        return lambda value, sizes: tuple([kinds(v, sizes) for v in value])
+        return ARRAY
+    if issubclass(kind, tuple | list | set | frozenset):
+        return SEVERAL
     if issubclass(kind, dict):
-        return lambda value, sizes: tuple([(kinds(k, sizes), kinds(v, sizes)) for k, v in value.items()])
-    if issubclass(kind, set | frozenset):
-        return lambda value, sizes: frozenset([kinds(v, sizes) for v in value])
+        return NAMED
     # words may be one of a few that are allowed; a class may be asked for by itself
-    return (lambda value, sizes: value) if issubclass(kind, str | type) else None
+    return WORD if issubclass(kind, str | type) else MUTE
 
 
-def shaped(value: Any, sizes: Sizes) -> Any:
-    """Dtype and shape of an array; which sizes are equal, and which are 1, is all that names of axes ask."""
-    if sizes is None:
-        return tuple(value.shape), value.dtype
-    return tuple([n if n == 1 else -2 - sizes.setdefault(n, len(sizes)) for n in value.shape]), value.dtype
+def tell(values: Iterable[Any], said: list[Any]) -> None:
+    """Adds what a check of these depends on: kinds, and of arrays shapes and dtypes."""
+    for value in values:
+        kind = type(value)
+        said.append(kind)
+        told = ways.get(kind)
+        if told is None:
+            told = ways[kind] = way(kind)
+        if told == MUTE:
+            continue
+        if told == ARRAY:
+            said += (value.shape, value.dtype)
+        elif told == WORD:
+            said.append(value)
+        else:
+            said.append(len(value))
+            if told == NAMED:
+                tell(value, said)
+                value = value.values()
+            tell(value, said)
+
+
+def kinds(*values: Any) -> tuple[Any, ...]:
+    """What a check of these depends on."""
+    said: list[Any] = []
+    tell(values, said)
+    return tuple(said)
+
+
+def renamed(said: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same where axes have names: which sizes are equal, and which are 1, is then all that shapes say."""
+    sizes: dict[int, int] = {}
+
+    def named(one: Any) -> Any:
+        if type(one) is not torch.Size and type(one) is not tuple:
+            return one
+        return tuple([n if n == 1 else -2 - sizes.setdefault(n, len(sizes)) for n in one])
+
+    return tuple([named(one) for one in said])
 
 
 def by_name(thing: FunctionType) -> bool:
@@ -73,10 +107,13 @@ def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
     """What the import hook decorates with: `jaxtyped`, with a memory."""
 
     def decorate(thing: Any) -> Any:
+        if is_dataclass(thing) and "__init__" in vars(thing):
+            # as `jaxtyped` does, with a memory
+            thing.__init__ = decorate(thing.__init__)
+            return thing
         if not isinstance(thing, FunctionType):
             return jaxtyped(typechecker=typechecker)(thing)
         made: list[Any] = []
-        names = by_name(thing)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return made[-1] if made else thing(*args, **kwargs)
@@ -88,25 +125,33 @@ def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
         # made when it is needed: functions inside of functions come into being at every call
         whole = functools.cache(lambda: jaxtyped(typechecker=typechecker)(again))
 
+        memory = known[thing.__code__, thing.__module__, thing.__qualname__]
+        form = renamed if by_name(thing) else tuple
+
         @functools.wraps(thing)
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
-            sizes: Sizes = {} if names else None
-            given = thing.__code__, kinds(args, sizes), kinds(kwargs, sizes)
-            if given not in known:
-                out = whole()(*args, **kwargs)
-                if not jaxtyping.config.jaxtyping_disable:
-                    known[given] = {kinds(out, sizes)}
-                return out
+            given = kinds(args, kwargs)
+            outs = memory.outs.get(given)
+            if outs is None:
+                if form(given) not in memory.named:
+                    out = whole()(*args, **kwargs)
+                    if not jaxtyping.config.jaxtyping_disable:
+                        memory.outs[given] = {told := kinds(out)}
+                        memory.named |= {form(given), form(given + told)}
+                    return out
+                outs = memory.outs[given] = set()
             out = thing(*args, **kwargs)
-            if (form := kinds(out, sizes)) not in known[given]:
-                # the same went in and something else came out, which is looked at without another call
-                made.append(out)
-                try:
-                    whole()(*args, **kwargs)
-                finally:
-                    made.pop()
-                known[given].add(form)
+            if (told := kinds(out)) not in outs:
+                if form(given + told) not in memory.named:
+                    # the same went in and something else came out, which is looked at without another call
+                    made.append(out)
+                    try:
+                        whole()(*args, **kwargs)
+                    finally:
+                        made.pop()
+                    memory.named.add(form(given + told))
+                outs.add(told)
             return out
 
         return call
