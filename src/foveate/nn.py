@@ -101,7 +101,8 @@ class Attention(nn.Module):
             )
         if not isinstance(operator, Mixer):
             source = context_dim or dim
-            self.q_proj = nn.Linear(dim, heads * width, bias=bias)
+            if not isinstance(operator, Recurrence) or operator.reads_queries:
+                self.q_proj = nn.Linear(dim, heads * width, bias=bias)
             self.k_proj = nn.Linear(source, kv_heads * width, bias=bias)
             self.v_proj = nn.Linear(source, kv_heads * width, bias=bias)
             self.o_proj = nn.Linear(heads * width, dim, bias=bias)
@@ -145,6 +146,11 @@ class Attention(nn.Module):
                 x = source = torch.where(mask[:, past:, None], x, 0.0)
             elif not filled:
                 source = torch.where(mask[..., None], source, 0.0)
+        if recurs:
+            assert standing is not None
+            layer = None if cache is None else state_layer(cache, self.sizes.layer, standing.operator)
+            out = standing.flow(self.recurrent(x, seen), layer)
+            return self.o_proj(out.transpose(1, 2).flatten(2))
         q = self.heads_of(self.q_proj(x))
         if filled:
             k, v = cache.layers[self.sizes.layer].keys, cache.layers[self.sizes.layer].values
@@ -153,11 +159,6 @@ class Attention(nn.Module):
             if self.rope is not None and not self.crosses:
                 place = seen.place.clamp_min(0)
                 q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
-            if recurs:
-                assert standing is not None
-                layer = None if cache is None else state_layer(cache, self.sizes.layer, standing.operator)
-                out = standing.flow(standing.heads(q, k, v, x, seen), layer)
-                return self.o_proj(out.transpose(1, 2).flatten(2))
             if standing is not None:
                 v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
             if cache is not None:
@@ -185,11 +186,18 @@ class Attention(nn.Module):
         seen = self.seen(x, x.shape[1], mask)
         if mask is not None:
             x = torch.where(mask[..., None], x, 0.0)
-        q, k, v = (self.heads_of(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return self.recurrent(x, seen)
+
+    def recurrent(self, x: Tensor, seen: Mask) -> Heads:
+        """The projections of new tokens, as the module's recurrence gets them."""
+        assert self.rule is not None
+        k, v = self.heads_of(self.k_proj(x)), self.heads_of(self.v_proj(x))
+        q = self.heads_of(self.q_proj(x)) if hasattr(self, "q_proj") else None
         if self.rope is not None:
             place = seen.place.clamp_min(0)
-            q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
-        return standing.heads(q, k, v, x, seen)
+            q, k = None if q is None else rotated(q, place, self.rope), rotated(k, place, self.rope)
+        q = k.repeat_interleave(self.sizes.heads // self.sizes.kv_heads, 1) if q is None else q
+        return self.rule.heads(q, k, v, x, seen)
 
     def heads_of(self, x: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch heads length head_dim"]:
         """A projection, head by head."""

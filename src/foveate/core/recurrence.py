@@ -21,7 +21,7 @@ class Heads:
     """One call of a recurrence: the new tokens, head by head.
 
     Args:
-        q: Queries, positions already applied; 0 at padding, as k and v.
+        q: Queries, positions already applied; 0 at padding, as k and v. The keys of each head where it reads none.
         k: Keys.
         v: Values.
         tokens: The layer's input, and what is known of its tokens.
@@ -54,6 +54,8 @@ class Recurrence(Operator):
 
     # whether outputs are divided by the sum of their weights
     normalised: ClassVar[bool] = False
+    # whether the layer's queries have a part in it; a module of our own has no projection of them where not
+    reads_queries: ClassVar[bool] = True
 
     def learned(self, sizes: Sizes) -> torch.nn.Module | None:
         """Fresh parameters for one layer; None: it has none."""

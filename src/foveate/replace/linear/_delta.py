@@ -81,8 +81,7 @@ class DeltaWrites(Recurrence):
     ) -> tuple[Float[Tensor, "batch heads time value_dim"], State]:
         heads, after = convolved(heads, state or {})
         out, left = run(super().scan(heads, not state), state["state"] if state else None, form)
-        # a copy: what the engine gives may be a part of the states of all chunks
-        return self.finish(heads, out), {"state": left.clone()} | after
+        return self.finish(heads, out), {"state": left} | after
 
 
 def convolved(heads: Heads, before: State) -> tuple[Heads, State]:

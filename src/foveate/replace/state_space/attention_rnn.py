@@ -47,6 +47,7 @@ class AttentionRnn(Recurrence):
 
     normalised: ClassVar[bool] = True
     full: ClassVar[bool] = False
+    reads_queries: ClassVar[bool] = False
 
     card: ClassVar = Card(
         title="Attention as an RNN",
@@ -56,7 +57,7 @@ class AttentionRnn(Recurrence):
         equation="o_t = sum_{j <= t} exp(s_j) v_j / sum_{j <= t} exp(s_j), s_j = scale q_h . k_j, q_h learned",
         differs=(
             "the learned query is one vector per head, not one token that goes through the query projection, and that "
-            "projection is left without use; scores have the layer's scale; keys have the layer's rotary positions "
+            "of a loaded model is left without use; scores have the layer's scale; keys have the layer's rotary positions "
             "where it has them, so that a score depends on the key's place; read from other people's code, as the "
             "authors' was not to be found"
         ),
@@ -83,8 +84,7 @@ class AttentionRnn(Recurrence):
     ) -> tuple[Float[Tensor, "batch heads time value_dim"], State]:
         scan, highest = self.relative(heads, state["highest"] if state else None)
         out, after = run(scan, state["state"] if state else None, form)
-        # a copy: what the engine gives may be a part of the states of all chunks
-        return out, {"state": after.clone(), "highest": highest}
+        return out, {"state": after, "highest": highest}
 
     def relative(
         self, heads: Heads, before: Float[Tensor, "batch heads"] | None
@@ -95,10 +95,16 @@ class AttentionRnn(Recurrence):
         started = high[..., :-1] > -torch.inf
         decay = torch.where(started, high[..., :-1] - high[..., 1:], 0.0)
         k = torch.where(tokens.real[:, None], s - high[..., 1:], -torch.inf).exp()
-        # the layer's queries have no part in it, but a parameter without gradient would stop distributed training
-        q = heads.q[..., :1] * 0.0 + 1.0
         v = heads.every_head(heads.v)
-        scan = Scan(q, k[..., None], v, decay[..., None], normalised=True, real=tokens.real, opens=tokens.opens)
+        scan = Scan(
+            torch.ones_like(k)[..., None],
+            k[..., None],
+            v,
+            decay[..., None],
+            normalised=True,
+            real=tokens.real,
+            opens=tokens.opens,
+        )
         return scan, high[..., -1].clone()
 
 
