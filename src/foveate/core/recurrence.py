@@ -54,6 +54,8 @@ class Recurrence(Operator):
 
     # whether outputs are divided by the sum of their weights
     normalised: ClassVar[bool] = False
+    # whether its outputs are those of its scan, finished, and of nothing else
+    one_scan: ClassVar[bool] = True
     # whether the layer's queries have a part in it; a module of our own has no projection of them where not
     reads_queries: ClassVar[bool] = True
 
@@ -92,7 +94,7 @@ class Recurrence(Operator):
         return out
 
     def scan(self, heads: Heads, first: bool = True) -> Scan:
-        """The scan of a call; `first`: it begins its texts."""
+        """The scan of a call; `first`: it begins its texts. Where `one_scan` is not so, a part of what it does."""
         tokens = heads.tokens
         return Scan(
             self.queries(heads),

@@ -59,6 +59,8 @@ class PrefixLinear(Recurrence):
     normalised: ClassVar[bool] = True
     full: ClassVar[bool] = False
 
+    one_scan: ClassVar[bool] = False
+
     card: ClassVar = Card(
         title="Just read twice: closing the recall gap for recurrent language models",
         year=2024,

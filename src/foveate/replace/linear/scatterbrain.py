@@ -58,6 +58,8 @@ class Scatterbrain(Recurrence):
     directions: int = bounded(128, 1, 65536)
     seed: int = bounded(0, 0, 2**31 - 1)
 
+    one_scan: ClassVar[bool] = False
+
     card: ClassVar = Card(
         title="Scatterbrain: Unifying Sparse and Low-rank Attention Approximation",
         year=2021,

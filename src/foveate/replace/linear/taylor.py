@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.card import Card, Needs
+from foveate.core.errors import NotSupported
 from foveate.core.mixer import State
 from foveate.core.params import bounded
 from foveate.core.recurrence import Heads, Recurrence
 from foveate.core.rule import Sizes
-from foveate.core.states import Form
+from foveate.core.states import Form, Scan
 from foveate.replace.linear._taylor import Narrow
 from foveate.replace.linear._window import Windows
 
@@ -73,6 +74,11 @@ class Taylor(Recurrence):
 
     def learned(self, sizes: Sizes) -> nn.Module | None:
         return None if self.slides(sizes) else Narrow(self.feature_dim, sizes)
+
+    def scan(self, heads: Heads, first: bool = True) -> Scan:
+        if self.slides(heads.sizes):
+            raise NotSupported(f"layer {heads.sizes.layer} is one with a window, which is no scan; look at an even one")
+        return super().scan(heads, first)
 
     def queries(self, heads: Heads) -> Float[Tensor, "batch heads time key"]:
         assert isinstance(heads.learned, Narrow)

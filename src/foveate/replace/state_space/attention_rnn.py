@@ -57,7 +57,8 @@ class AttentionRnn(Recurrence):
         equation="o_t = sum_{j <= t} exp(s_j) v_j / sum_{j <= t} exp(s_j), s_j = scale q_h . k_j, q_h learned",
         differs=(
             "the learned query is one vector per head, not one token that goes through the query projection, and that "
-            "of a loaded model is left without use; scores have the layer's scale; keys have the layer's rotary positions "
+            "of a loaded model is left without use; scores have the layer's scale; "
+            "keys have the layer's rotary positions "
             "where it has them, so that a score depends on the key's place; read from other people's code, as the "
             "authors' was not to be found"
         ),
