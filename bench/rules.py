@@ -33,17 +33,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
 import json
 import math
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,11 +48,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# this folder would hide Python's own module `profile`, which torch imports
+# in front, this folder would hide Python's own module `profile`, which torch imports
 if str(Path(__file__).resolve().parent) in sys.path:
     sys.path.remove(str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parent))
 
 import torch
+from _timing import peak, ratio_cell, ratios, rounds, spread, timed, verdict
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import DynamicCache
@@ -75,10 +74,8 @@ PARTS = ("call", "module", "decode", "memory")
 PASSES = ("forward", "both")
 SAID = {"forward": "forward", "both": "with backward"}
 CACHED, BATCHES = 2048, (1, 8)
-# seconds that a round lasts at least, most turns of one, and decode steps on one copy of a cache
-ROUND, TURNS, STEPS = 0.2, 256, 32
-# rounds of slow rules, and processes in which memory is measured
-FEWEST, PROCESSES = 3, 2
+# decode steps on one copy of a cache, and processes in which memory is measured
+STEPS, PROCESSES = 32, 2
 # whole rows of weights in memory: more is not tried
 EAGER = 4096
 PLAIN, MULTIHEAD, PEER = "plain", "torch.nn.MultiheadAttention", "x-transformers "
@@ -263,56 +260,27 @@ class Peer:
 # ---------------------------------------------------------------- measuring
 
 
-def timed(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
-
-
-def rounds(base: Timer, other: Timer, args: argparse.Namespace) -> Figure:
-    """Mean seconds of a base and of another, round by round."""
-    # what is quick is warmed up a second time, with everything in place
-    took = base() + other()
-    took = took if took > 1 else base() + other()
-    turns = max(1, min(TURNS, int(ROUND / took)))
-    found: Figure = {"base": [], "seconds": []}
-    begun = time.perf_counter()
-    for n in range(args.rounds):
-        if n >= FEWEST and time.perf_counter() - begun > args.seconds:
-            break
-        sums = [0.0, 0.0]
-        for turn in range(turns):
-            for which in (0, 1) if turn % 2 else (1, 0):
-                sums[which] += (base, other)[which]()
-        for name, total in zip(found, sums, strict=True):
-            found[name].append(rounded(total / turns))
-    return found
-
-
-def rounded(x: float) -> float:
-    return float(f"{x:.4g}")
-
-
 def time_call(name: str, tokens: int, which: str, args: argparse.Namespace) -> Figure:
     base, other = call_passes(name, tokens, which)
-    return rounds(partial(timed, base), partial(timed, other), args)
+    return rounds(partial(timed, base), partial(timed, other), args.rounds, args.seconds)
 
 
 def time_module(name: str, tokens: int, which: str, peer: Peer | None, args: argparse.Namespace) -> Figure:
     base = partial(timed, module_pass(PLAIN, tokens, which))
     if not name.startswith(PEER):
-        return rounds(base, partial(timed, module_pass(name, tokens, which)), args)
+        return rounds(base, partial(timed, module_pass(name, tokens, which)), args.rounds, args.seconds)
     assert peer is not None
-    found = rounds(base, partial(peer.seconds, name.removeprefix(PEER), tokens, which), args)
+    found = rounds(base, partial(peer.seconds, name.removeprefix(PEER), tokens, which), args.rounds, args.seconds)
     return found | {"versions": peer.versions}
 
 
 def time_step(name: str, batch: int, bare: bool, args: argparse.Namespace) -> Figure:
     if not bare:
-        return rounds(Steps(Plain(), batch), Steps(made(name, CACHED), batch), args)
+        return rounds(Steps(Plain(), batch), Steps(made(name, CACHED), batch), args.rounds, args.seconds)
     tensors = [drawn(batch, HEADS, n, DIM, seed=n) for n in (1, CACHED, CACHED)]
     calls = partial(sdpa, *tensors), partial(attended, ruled(name, tensors, drawn(batch, 1, WIDTH)))
-    return rounds(*(partial(timed, partial(forward, call)) for call in calls), args)
+    base, other = (partial(timed, partial(forward, call)) for call in calls)
+    return rounds(base, other, args.rounds, args.seconds)
 
 
 def worker(name: str, tokens: int, threads: int) -> dict[str, float]:
@@ -324,20 +292,6 @@ def worker(name: str, tokens: int, threads: int) -> dict[str, float]:
         module_pass(name, 64, which)()
         found[which] = peak(module_pass(name, tokens, which))
     return found
-
-
-def peak(call: Callable[[], Any]) -> float:
-    """Megabytes of resident memory on top of what was there, at most, while something runs."""
-
-    def read(name: str) -> int:
-        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read("VmRSS")
-    call()
-    return round((read("VmHWM") - before) / 1024, 1)
 
 
 def memory(name: str, tokens: int, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -406,29 +360,6 @@ def told(figure: Any) -> str:
 
 
 # ---------------------------------------------------------------- the page
-
-
-def ratios(figure: Figure) -> list[float]:
-    return [a / b for a, b in zip(figure["seconds"], figure["base"], strict=True)]
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def ratio_cell(found: tuple[float, float, float]) -> str:
-    low, middle, high = found
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
-def verdict(found: tuple[float, float, float], most: float) -> str:
-    if found[2] <= most:
-        return "met"
-    return "missed" if found[0] > most else "within the spread"
 
 
 def target(part: str, which: str, name: str) -> tuple[str, float] | None:
