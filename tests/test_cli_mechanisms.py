@@ -19,7 +19,7 @@ import pytest
 import foveate
 from foveate import catalogue, cli
 from foveate.cli import new
-from foveate.core import mechanism, mixer, registry, rule
+from foveate.core import mechanism, mixer, recurrence, registry, rule
 from foveate.core.card import BLANK
 from foveate.testing import checks_for
 
@@ -154,7 +154,7 @@ QUICK = ("form", "bounds", "dtypes", "landing", "detaching", "table", "short", "
 # every kind of mechanism by name
 CLASSES = {
     c.__name__: c
-    for module in (mechanism, rule, mixer)
+    for module in (mechanism, rule, recurrence, mixer)
     for c in vars(module).values()
     if isinstance(c, type) and issubclass(c, mechanism.Mechanism) and c not in (mechanism.Mechanism, rule.Operator)
 }

@@ -186,7 +186,7 @@ def test_sizes_that_do_not_fit(options: dict[str, Any], says: str) -> None:
 def test_a_rule_that_is_none() -> None:
     with pytest.raises(UnknownName, match="did you mean 'softmax'"):
         made(rule="softmaxx")
-    with annotations_off(), pytest.raises(BadInput, match=r"Entropy is no rule or mixer"):
+    with annotations_off(), pytest.raises(BadInput, match=r"Entropy is no rule, recurrence or mixer"):
         made(rule=foveate.find("entropy")())
 
 

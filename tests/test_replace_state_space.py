@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,12 @@ from torch.nn.functional import rms_norm, silu, softplus
 from transformers import DynamicCache
 
 import foveate
-from attending import HEADS, KV_HEADS, LENGTH, WIDTH, module, projected, texts
+from attending import HEADS, KV_HEADS, LENGTH, WIDTH, module, texts
 from foveate.core.errors import BadInput
 from foveate.core.mixer import Tokens
-from foveate.core.recurrence import Heads
 from foveate.nn import Attention
 from foveate.replace import H3, AttentionRnn, Delta, GatedDelta, Hyena, SelectiveStateSpace
+from foveate.testing import tiny
 
 DIM = WIDTH // HEADS
 ALL = [Delta(), GatedDelta(), AttentionRnn(), SelectiveStateSpace(), Hyena(), H3()]
@@ -42,11 +44,8 @@ def others(attention: Attention, like: Attention) -> dict[str, Tensor]:
 
 def packed(attention: Attention, x: Tensor, opens: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     """Head outputs and state of a recurrence for texts that stand behind each other."""
-    q, k, v = (attention.heads_of(p(x)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    real = torch.ones(x.shape[:2], dtype=torch.bool)
-    tokens = Tokens(x, real, True, real.cumsum(1) - 1, opens=opens)
-    standing = attention.rule
-    return standing.operator.flow(Heads(q, k, v, tokens, DIM**-0.5, standing.learned, attention.sizes), {})
+    heads = attention.heads(x)
+    return attention.rule.operator.flow(replace(heads, tokens=replace(heads.tokens, opens=opens)), {})
 
 
 @pytest.mark.parametrize("rule", ALL, ids=lambda rule: rule.name)
@@ -170,7 +169,9 @@ def test_packed_texts_do_not_see_each_other(rule: object) -> None:
 def test_attention_as_a_recurrence_is_softmax_of_one_query(size: float) -> None:
     attention, x = module(AttentionRnn()), texts()
     attention.rule.learned.query *= size
-    _, k, v = projected(attention, x)
+    k, v = (
+        attention.heads_of(p(x)).repeat_interleave(HEADS // KV_HEADS, 1) for p in (attention.k_proj, attention.v_proj)
+    )
     s = torch.einsum("hd,bhjd->bhj", attention.rule.learned.query, k) * DIM**-0.5
     later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     p = s[:, :, None].expand(-1, -1, LENGTH, -1).masked_fill(later, -torch.inf).softmax(-1)
@@ -195,11 +196,10 @@ def test_what_attention_as_a_recurrence_keeps() -> None:
     assert kept(AttentionRnn()) == HEADS * (DIM + 2)
 
 
-def test_its_query_projection_gets_gradients_of_nothing() -> None:
-    attention = module(AttentionRnn())
-    attention(texts()).sum().backward()
-    assert not attention.q_proj.weight.grad.any()
-    assert attention.rule.learned.query.grad.any()
+def test_it_has_no_query_projection_and_a_loaded_model_keeps_its_own() -> None:
+    assert not hasattr(module(AttentionRnn()), "q_proj")
+    model = foveate.convert(tiny.model("llama"), AttentionRnn())
+    assert model.model.layers[0].self_attn.q_proj.weight.requires_grad
 
 
 # ---------------------------------------------------------------- the selective state space

@@ -1,4 +1,4 @@
-"""Training probes: small models around any rule or mixer, trained in minutes on tasks that tell mixers apart."""
+"""Training probes: small models around any operator, trained in minutes on tasks that tell them apart."""
 
 from foveate.training.convolution import GatedConvolution
 from foveate.training.experiment import Experiment, Outcome, usual

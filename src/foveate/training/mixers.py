@@ -22,7 +22,7 @@ def mixer_names() -> list[str]:
 
 
 def operator(spec: str, task: TrainingTask) -> Operator:
-    """The rule or mixer of `name` or `name:param=value`; the gated convolution reaches over a training sequence.
+    """The operator of `name` or `name:param=value`; the gated convolution reaches over a training sequence.
 
     Raises:
         UnknownName: nothing is called so.

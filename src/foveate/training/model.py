@@ -1,4 +1,4 @@
-"""The small model that is trained: a decoder around any rule or mixer."""
+"""The small model that is trained: a decoder around any rule, recurrence or mixer."""
 
 from __future__ import annotations
 

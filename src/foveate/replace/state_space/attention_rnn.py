@@ -94,7 +94,8 @@ class AttentionRnn(Recurrence):
         s, tokens = self.scores(heads), heads.tokens
         high = highest(s.detach(), tokens, before)
         started = high[..., :-1] > -torch.inf
-        decay = torch.where(started, high[..., :-1] - high[..., 1:], 0.0)
+        # the largest falls only where a text opens, and there the engine forgets everything
+        decay = torch.where(started, high[..., :-1] - high[..., 1:], 0.0).clamp_max(0.0)
         k = torch.where(tokens.real[:, None], s - high[..., 1:], -torch.inf).exp()
         v = heads.every_head(heads.v)
         scan = Scan(
