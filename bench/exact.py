@@ -10,10 +10,7 @@ the median is reported with its quartiles. Sections that are not run keep what t
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import re
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _timing import peak, rounded
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -63,10 +61,6 @@ def ratio(seconds: list[float], base: list[float]) -> dict[str, Any]:
         "quartiles": [round(low, 3), round(high, 3)],
         "seconds": [*map(rounded, seconds)],
     }
-
-
-def rounded(x: float) -> float:
-    return float(f"{x:.4g}")
 
 
 def inputs(n: int, grad: bool = False) -> list[Tensor]:
@@ -258,20 +252,6 @@ def flexible() -> Callable[..., Callable[[], Tensor]] | None:
         print(f"FlexAttention is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
         return None
     return make
-
-
-def peak(call: Callable[[], Any]) -> float:
-    """Megabytes of resident memory on top of what was there, at most, while something runs."""
-
-    def read(name: str) -> int:
-        return int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read("VmRSS")
-    call()
-    return round((read("VmHWM") - before) / 1024, 1)
 
 
 # ---------------------------------------------------------------- results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jaxtyping
 import pytest
 import torch
@@ -54,3 +56,39 @@ def test_kinds_of_numbers_are_told_apart():
 
 def test_annotations_can_be_off(unchecked):
     best(SCORES[0], COUNTS[0])
+
+
+def test_sizes_are_told_apart_by_name_alone_where_axes_have_names():
+    calls = []
+
+    def pair(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> None:
+        calls.append(x)
+
+    def three(x: Float[Tensor, "n 3"]) -> None:
+        calls.append(x)
+
+    by_name, by_number = (remembering(typechecker=checked)(f) for f in (pair, three))
+    for n in (2, 3, 4):
+        by_name(torch.zeros(n), torch.zeros(n))
+        by_number(torch.zeros(n, 3))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        by_name(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        by_number(torch.zeros(3, 4))
+
+
+def test_dataclasses_with_one_constructor_are_told_apart():
+    def made(kind: object) -> type:
+        @remembering(typechecker=checked)
+        @dataclass
+        class Holds:
+            x: kind
+
+        return Holds
+
+    made(Float[Tensor, " n"])(torch.zeros(2))
+    # another annotation under the same name and code
+    other = type("Other", (), {"__annotations__": {"x": Float[Tensor, "n m"]}})
+    other = remembering(typechecker=checked)(dataclass(other))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        other(torch.zeros(2))

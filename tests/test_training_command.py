@@ -53,7 +53,7 @@ def test_a_folder_with_results_is_gone_on_with_only_when_asked(made):
     ("arguments", "says"),
     [
         (("mqqar",), "no training probe is called 'mqqar'; did you mean 'mqar'?"),
-        (("mqar", "--rule", "sofmax"), "no rule is called 'sofmax'; did you mean 'softmax'"),
+        (("mqar", "--rule", "sofmax"), "no rule is called 'sofmax'; did you mean 'softmax' or 'soft'?"),
         (("mqar", "--seeds", 0), "0 seeds: give at least 1"),
         (("mqar", "--steps", 0), "steps must be from 1"),
         (("characters", "--text", "nowhere.txt"), "no such file: nowhere.txt"),

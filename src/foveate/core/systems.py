@@ -15,7 +15,7 @@ W_ts = C_t^T A_t … A_{s+1} B_s, and the ranks of its parts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foveate.core.errors import BadInput, TooBig
 from foveate.core.rows import View
-from foveate.core.states import Scan, prepared, weights
+from foveate.core.states import Scan, prepared, run
 
 __all__ = ["Coincidence", "Memory", "System", "coincide", "memory", "softmax_system", "system"]
 
@@ -74,8 +74,9 @@ def system(scan: Scan) -> System:
         raise BadInput("a scan whose tokens see later ones is no system in time; take the causal form")
     total = None
     if scan.normalised:
-        plain = Scan(scan.q, scan.k, scan.v, scan.decay, scan.beta, real=scan.real, opens=scan.opens)
-        total = weights(plain).sum(-1, keepdim=True)
+        # the sum of the weights is what values of 1 give
+        ones = torch.ones_like(scan.v[..., :1])
+        total, _ = run(replace(scan, v=ones, normalised=False))
     ready, _ = prepared(scan, scan.empty())
     groups = ready.q.shape[1] // ready.k.shape[1]
     k = ready.k.repeat_interleave(groups, 1)
