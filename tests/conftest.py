@@ -36,8 +36,8 @@ class Memory:
     named: set[tuple] = field(default_factory=set)
 
 
-# by code, for functions inside of functions come into being at every call; and by name, for the `__init__` of two
-# dataclasses may have one code
+# by code, for functions inside of functions come into being at every call; and by name, for functions of two files may
+# have one code
 known: dict[tuple[CodeType, str, str], Memory] = defaultdict(Memory)
 # how a kind of value is told, found once for each kind
 MUTE, ARRAY, WORD, SEVERAL, NAMED = range(5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jaxtyping
 import pytest
 import torch
@@ -75,20 +73,3 @@ def test_sizes_are_told_apart_by_name_alone_where_axes_have_names():
         by_name(torch.zeros(3), torch.zeros(4))
     with pytest.raises(jaxtyping.TypeCheckError):
         by_number(torch.zeros(3, 4))
-
-
-def test_dataclasses_with_one_constructor_are_told_apart():
-    def made(kind: object) -> type:
-        @remembering(typechecker=checked)
-        @dataclass
-        class Holds:
-            x: kind
-
-        return Holds
-
-    made(Float[Tensor, " n"])(torch.zeros(2))
-    # another annotation under the same name and code
-    other = type("Other", (), {"__annotations__": {"x": Float[Tensor, "n m"]}})
-    other = remembering(typechecker=checked)(dataclass(other))
-    with pytest.raises(jaxtyping.TypeCheckError):
-        other(torch.zeros(2))
