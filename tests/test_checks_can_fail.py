@@ -326,6 +326,15 @@ class ByBlock(Edit):
         return weights / weights.amax((-1, -2), keepdim=True).clamp_min(1e-6)
 
 
+@breaks("reference")
+@dataclass(frozen=True)
+class ByPasses(SoundEdit):
+    """Forgets the temperature where passes over the keys can say the outputs."""
+
+    def through(self, passes):
+        return passes.softmax().out
+
+
 @breaks("gradients")
 @dataclass(frozen=True)
 class CutsGradients(Edit):

@@ -15,6 +15,7 @@ import foveate
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput, NotSupported, UnknownName
 from foveate.core.mixer import Mixer
+from foveate.core.recurrence import Recurrence
 from foveate.core.reductions import RowEntropy
 from foveate.core.rule import Rule
 from foveate.nn import Attention, auxiliary_loss, rotated
@@ -124,6 +125,80 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_a_head_may_have_its_own_width() -> None:
     assert made(32, 3, 1, head_dim=10)(x_of()).shape == (2, 9, 32)
+
+
+# ---------------------------------------------------------------- looking at weights
+
+
+@pytest.mark.parametrize("rule", ["softmax", "relu"])
+@torch.no_grad()
+def test_weights_by_hand(rule: str) -> None:
+    module, x = made(rule=rule, causal=True), x_of()
+    q, k = (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (module.q_proj, module.k_proj))
+    s = q @ k.repeat_interleave(2, 1).mT / 8**0.5
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    hand = s.masked_fill(~seen, -torch.inf).softmax(-1)
+    if rule == "relu":
+        hand = s.relu() * seen / torch.arange(1, 10)[:, None]
+    close(module.weights(x), hand, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope": 1e4},
+        {"rope": 1e4, "rule": "sigmoid"},
+        {"rule": "selective"},
+        {"window": 3},
+        {"causal": False, "rule": "relu"},
+        {"rule": "elu", "rope": 1e4},
+        {"rule": "elu", "causal": False},
+        {"rule": "gated_delta"},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_weights_of_values_are_the_outputs(options: dict[str, Any]) -> None:
+    module, x = made(32, 4, 2, **options), x_of()
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[1, :3] = False
+    for mask in (None, real):
+        given = x if mask is None else torch.where(real[..., None], x, torch.nan)
+        weights = module.weights(given, mask=mask)
+        assert weights.shape == (2, 4, 9, 9)
+        if module.rule is not None and isinstance(module.rule.operator, Recurrence):
+            heads = module.heads(given, mask)
+            out = weights @ module.rule.operator.scan(heads).v.repeat_interleave(2, 1)
+            out = module.rule.operator.finish(heads, out)
+        else:
+            view = module.view(given, mask=mask)
+            out = weights @ view.rule.prepare(view).v.repeat_interleave(2, 1)
+        close(module.o_proj(out.transpose(1, 2).flatten(2))[real], module(given, mask=mask)[real])
+        if mask is not None:
+            assert not weights[1, :, :3].any()
+            assert not weights[1, :, :, :3].any()
+
+
+@torch.no_grad()
+def test_weights_between_two_sequences() -> None:
+    module, x, context = made(context_dim=20), x_of(), x_of(5, width=20, seed=1)
+    weights = module.weights(x, context)
+    assert weights.shape == (2, 4, 9, 5)
+    v = module.v_proj(context).unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(2, 1)
+    close(module.o_proj((weights @ v).transpose(1, 2).flatten(2)), module(x, context))
+
+
+def test_what_has_no_weights_or_rows() -> None:
+    with pytest.raises(BadInput, match=r"Still.* forms no weights of values"):
+        made(rule=Still()).weights(x_of())
+    with pytest.raises(BadInput, match=r"Still.* has no attention call with rows"):
+        made(rule=Still()).view(x_of())
+    with pytest.raises(BadInput, match=r"Elu.* has no attention call with rows"):
+        made(rule="elu").view(x_of())
+    with pytest.raises(NotSupported, match=r"Scatterbrain.* are not those of one scan"):
+        made(rule="scatterbrain").weights(x_of())
+    with pytest.raises(BadInput, match="made without context_dim"):
+        made().weights(x_of(), x_of())
 
 
 # ---------------------------------------------------------------- what a rule adds to the loss

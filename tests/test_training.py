@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import foveate
-from foveate.core.errors import BadInput, BadParameter, FoveateError, UnknownName
+from foveate.core.errors import BadInput, BadParameter, Diverged, FoveateError, UnknownName
 from foveate.core.rule import Rule
 from foveate.report import charts
 from foveate.report.training import page, points_of
@@ -23,7 +23,6 @@ from foveate.training import (
     Characters,
     Copying,
     Decoder,
-    Diverged,
     Experiment,
     GatedConvolution,
     Induction,
@@ -41,7 +40,6 @@ from foveate.training.convolution import convolved
 from foveate.training.experiment import mean, rows, to_json
 from foveate.training.loop import rate, settled
 from foveate.training.mixers import operator
-from foveate.training.model import looked
 from foveate.training.run import differences
 from foveate.training.task import NOT_ASKED, Batch, doubled
 from foveate.training.tasks.backcopy import bigrams
@@ -323,29 +321,6 @@ def test_bytes_of_state_are_those_of_a_cache():
     assert a_model("gated_convolution").state_bytes(100) == 2 * 4 * 8 * (3 * 2 + 15)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("mixer", ["softmax", "relu"])
-def test_the_weights_of_a_layer_by_hand(mixer):
-    attention = a_model(mixer, heads=2, kv_heads=1, rope=0.0).blocks[0].attention.eval()
-    x = torch.randn(1, 6, 8, generator=draw())
-    weights, values = looked(attention, x)
-    q, k = attention.q_proj(x)[0].view(6, 2, 4), attention.k_proj(x)[0]
-    for h in range(2):
-        s = q[:, h] @ k.T / 2
-        seen = torch.ones(6, 6, dtype=torch.bool).tril()
-        if mixer == "softmax":
-            p = s.masked_fill(~seen, -torch.inf).softmax(-1)
-        else:
-            p = s.relu() * seen / torch.arange(1, 7)[:, None]
-        assert torch.allclose(weights[0, h], p, atol=1e-6)
-    assert torch.allclose(values[0, 0], attention.v_proj(x)[0])
-    # with positions, what the weights mix is what the module gives
-    turned = a_model(mixer, heads=2).blocks[1].attention.eval()
-    weights, values = looked(turned, x)
-    assert torch.allclose(turned.o_proj((weights @ values).transpose(1, 2).flatten(2)), turned(x), atol=1e-6)
-    assert looked(a_model("gated_convolution").blocks[0].attention, x) is None
-
-
 # ---------------------------------------------------------------- runs
 
 
@@ -571,7 +546,7 @@ def test_backcopy_measures_each_thing_by_hand():
         batch = task.batch(torch.Generator().manual_seed(loops.JUDGED), 8)
         block = model.blocks[0]
         before = block.attention_norm(model.embedding(batch.inputs))
-        weights, values = looked(block.attention, before)
+        weights, values = block.attention.weights(before), block.attention.view(before).v
         at = torch.isin(batch.inputs, task.law[1])
         others = ~at & (torch.arange(12) > 0)
         sinks = [weights[:, h, :, 0][others].mean().item() for h in range(2)]

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from foveate.core.errors import BadInput
+from foveate.core import states
+from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mixer import Mixer
 from foveate.core.recurrence import Heads, Recurrence
+from foveate.core.reductions import Last
 from foveate.core.rows import Layer, View, attend
 from foveate.core.rule import Operator, Sizes
 from foveate.core.standing import Standing, auxiliary_loss, called, check_form, state_layer, use_cache
@@ -130,47 +132,38 @@ class Attention(nn.Module):
         """
         self.check(x, context)
         standing = self.rule
+        operator = None if standing is None else standing.operator
         past = 0 if cache is None else cache.get_seq_length(self.sizes.layer)
-        if standing is not None and isinstance(standing.operator, Mixer):
+        if standing is not None and isinstance(operator, Mixer):
             return standing.mix(x, self.seen(x, past + x.shape[1], mask), cache)
-        recurs = standing is not None and isinstance(standing.operator, Recurrence)
-        if cache is not None and not recurs:
-            use_cache(cache, self.sizes.layer, None if standing is None else standing.operator)
-        source = x if context is None else context
-        # what comes from another sequence is filled once
-        filled = self.crosses and past > 0
-        seen = self.seen(x, past if filled else past + source.shape[1], mask)
-        if mask is not None and mask.ndim == 2:
-            # whatever stands in padding must not come through: 0 x NaN is NaN
-            if context is None:
-                x = source = torch.where(mask[:, past:, None], x, 0.0)
-            elif not filled:
-                source = torch.where(mask[..., None], source, 0.0)
-        if recurs:
-            assert standing is not None
-            layer = None if cache is None else state_layer(cache, self.sizes.layer, standing.operator)
-            out = standing.flow(self.recurrent(x, seen), layer)
-            return self.o_proj(out.transpose(1, 2).flatten(2))
-        q = self.heads_of(self.q_proj(x))
-        if filled:
-            k, v = cache.layers[self.sizes.layer].keys, cache.layers[self.sizes.layer].values
+        if standing is not None and isinstance(operator, Recurrence):
+            layer = None if cache is None else state_layer(cache, self.sizes.layer, operator)
+            out = standing.flow(self.recurrent(x, mask, past), layer)
         else:
-            k, v = self.heads_of(self.k_proj(source)), self.heads_of(self.v_proj(source))
-            if self.rope is not None and not self.crosses:
-                place = seen.place.clamp_min(0)
-                q, k = rotated(q, place, self.rope), rotated(k, place, self.rope)
-            if standing is not None:
-                v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
-            if cache is not None:
-                k, v = cache.update(k, v, self.sizes.layer)
-        view = View(q, k, v, seen, dropout=self.dropout if self.training else 0.0, projection=self.o_proj.weight)
-        view.layer, view.training = Layer(self.sizes.layer, "attention", self.crosses), self.training
-        if standing is None:
-            out = attend(view).out
-        else:
-            view.rule, view.learned, view.hidden = standing.as_rule, standing.learned, x
-            out = standing.attend(view).out
+            view = self.viewed(x, context, mask, cache)
+            out = (attend(view) if standing is None else standing.attend(view)).out
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    # ---------------------------------------------------------------- what stands in it, seen from outside
+
+    def view(
+        self,
+        x: Float[Tensor, "batch query dim"],
+        context: Float[Tensor, "batch key context_dim"] | None = None,
+        *,
+        mask: Bool[Tensor, "batch key"] | Bool[Tensor, "#batch #heads query key"] | None = None,
+    ) -> View:
+        """The attention call that these inputs are: `core.rows.attend` of it gives outputs and reductions.
+
+        Raises:
+            BadInput: what stands in the module has no rows.
+        """
+        self.check(x, context)
+        if self.rule is not None and isinstance(self.rule.operator, Mixer | Recurrence):
+            raise BadInput(
+                f"{self.rule.operator!r} has no attention call with rows; take a rule, as softmax or sigmoid"
+            )
+        return self.viewed(x, context, mask)
 
     def heads(self, x: Float[Tensor, "batch query dim"], mask: Bool[Tensor, "batch query"] | None = None) -> Heads:
         """What a recurrence gets of these texts; `rule.scan(…)` of it is what the states engine computes.
@@ -178,26 +171,88 @@ class Attention(nn.Module):
         Raises:
             BadInput: no recurrence stands in the module.
         """
-        standing = self.rule
-        if standing is None or not isinstance(standing.operator, Recurrence):
-            name = "softmax attention" if standing is None else repr(standing.operator)
+        if self.rule is None or not isinstance(self.rule.operator, Recurrence):
+            name = "softmax attention" if self.rule is None else repr(self.rule.operator)
             raise BadInput(f"{name} is no recurrence; make the module with one, as elu or gated_delta")
         self.check(x, None)
-        seen = self.seen(x, x.shape[1], mask)
-        if mask is not None:
-            x = torch.where(mask[..., None], x, 0.0)
-        return self.recurrent(x, seen)
+        return self.recurrent(x, mask)
 
-    def recurrent(self, x: Tensor, seen: Mask) -> Heads:
+    def weights(
+        self,
+        x: Float[Tensor, "batch query dim"],
+        context: Float[Tensor, "batch key context_dim"] | None = None,
+        *,
+        mask: Bool[Tensor, "batch key"] | Bool[Tensor, "#batch #heads query key"] | None = None,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """What each token's head outputs take of each value, for looking: memory is quadratic in the length.
+
+        Of a recurrence, of each value as it is written. Rows of padding are zeros. What happens to head outputs behind
+        the weights is not in them.
+
+        Raises:
+            BadInput: a mixer, whose tokens have no weights of values.
+            NotSupported: a recurrence of which one scan is only a part.
+        """
+        operator = None if self.rule is None else self.rule.operator
+        if isinstance(operator, Mixer):
+            raise BadInput(f"{operator!r} forms no weights of values; look at its outputs")
+        if isinstance(operator, Recurrence):
+            if not operator.one_scan:
+                raise NotSupported(f"the weights of {operator!r} are not those of one scan; look at its outputs")
+            self.check(x, context)
+            heads = self.recurrent(x, mask)
+            return torch.where(heads.tokens.real[:, None, :, None], states.weights(operator.scan(heads)), 0.0)
+        rows = Last(x.shape[1])
+        found = attend(self.view(x, context, mask=mask), (rows,))[rows]
+        every = found.weights.new_zeros(*found.weights.shape[:2], x.shape[1], found.weights.shape[3])
+        return every.index_copy(2, found.index, found.weights)
+
+    # ---------------------------------------------------------------- its parts
+
+    def viewed(self, x: Tensor, context: Tensor | None, mask: Tensor | None, cache: Any = None) -> View:
+        """The attention call, its new keys and values put into the cache."""
+        standing, source = self.rule, x if context is None else context
+        past = 0 if cache is None else cache.get_seq_length(self.sizes.layer)
+        if cache is not None:
+            use_cache(cache, self.sizes.layer, None if standing is None else standing.operator)
+        # what comes from another sequence is filled once
+        filled = self.crosses and past > 0
+        seen = self.seen(x, past if filled else past + source.shape[1], mask)
+        if context is None:
+            x = source = without_padding(x, mask, past)
+        elif not filled:
+            source = without_padding(source, mask)
+        q = self.heads_of(self.q_proj(x))
+        if filled:
+            k, v = cache.layers[self.sizes.layer].keys, cache.layers[self.sizes.layer].values
+        else:
+            k, v = self.heads_of(self.k_proj(source)), self.heads_of(self.v_proj(source))
+            if not self.crosses:
+                q, k = self.placed(q, seen), self.placed(k, seen)
+            if standing is not None:
+                v = standing.as_rule.write(standing.learned, v, source).to(v.dtype)
+            if cache is not None:
+                k, v = cache.update(k, v, self.sizes.layer)
+        view = View(q, k, v, seen, dropout=self.dropout if self.training else 0.0, projection=self.o_proj.weight)
+        view.layer, view.training = Layer(self.sizes.layer, "attention", self.crosses), self.training
+        if standing is not None:
+            view.rule, view.learned, view.hidden = standing.as_rule, standing.learned, x
+        return view
+
+    def recurrent(self, x: Tensor, mask: Tensor | None, past: int = 0) -> Heads:
         """The projections of new tokens, as the module's recurrence gets them."""
         assert self.rule is not None
-        k, v = self.heads_of(self.k_proj(x)), self.heads_of(self.v_proj(x))
-        q = self.heads_of(self.q_proj(x)) if hasattr(self, "q_proj") else None
-        if self.rope is not None:
-            place = seen.place.clamp_min(0)
-            q, k = None if q is None else rotated(q, place, self.rope), rotated(k, place, self.rope)
-        q = k.repeat_interleave(self.sizes.heads // self.sizes.kv_heads, 1) if q is None else q
+        seen, x = self.seen(x, past + x.shape[1], mask), without_padding(x, mask, past)
+        k, v = self.placed(self.heads_of(self.k_proj(x)), seen), self.heads_of(self.v_proj(x))
+        if hasattr(self, "q_proj"):
+            q = self.placed(self.heads_of(self.q_proj(x)), seen)
+        else:
+            q = k.repeat_interleave(self.sizes.heads // self.sizes.kv_heads, 1)
         return self.rule.heads(q, k, v, x, seen)
+
+    def placed(self, x: Float[Tensor, "batch heads length head_dim"], seen: Mask) -> Tensor:
+        """Queries or keys with their rotary positions, where the module has any."""
+        return x if self.rope is None else rotated(x, seen.place.clamp_min(0), self.rope)
 
     def heads_of(self, x: Float[Tensor, "batch length inner"]) -> Float[Tensor, "batch heads length head_dim"]:
         """A projection, head by head."""
@@ -252,6 +307,11 @@ def check_sizes(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> No
         raise BadInput(f"dim={dim} is no multiple of heads={heads}; take another number of heads, or give head_dim")
     if heads % kv_heads:
         raise BadInput(f"heads={heads} is no multiple of kv_heads={kv_heads}: each key-value head serves equally many")
+
+
+def without_padding(x: Tensor, mask: Tensor | None, past: int = 0) -> Tensor:
+    """Zeros for padding: whatever stands there must not come through, and 0 x NaN is NaN."""
+    return torch.where(mask[:, past:, None], x, 0.0) if mask is not None and mask.ndim == 2 else x
 
 
 def rotated(

@@ -9,6 +9,7 @@ FoveateError
 ├── NotLanded           an edit was tried on a model and changes nothing, or not what it says
 ├── NotSupported        this combination has no implementation; the message says which one has
 ├── TooBig              the run would not fit in the memory allowed
+├── Diverged            a loss or gradient of a training is no number
 └── LoadError           a model or tokenizer could not be opened
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 __all__ = [
     "BadInput",
     "BadParameter",
+    "Diverged",
     "FoveateError",
     "LoadError",
     "NotLanded",
@@ -70,6 +72,10 @@ class NotSupported(FoveateError):
 
 class TooBig(FoveateError):
     """The run would not fit in the memory that it may use."""
+
+
+class Diverged(FoveateError):
+    """A loss or a gradient is no number: training stopped before it could reach the weights."""
 
 
 class LoadError(FoveateError):

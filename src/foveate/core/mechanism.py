@@ -22,6 +22,7 @@ from foveate.core.reductions import Reduction
 if TYPE_CHECKING:
     import pandas as pd
 
+    from foveate.core.passes import Passes
     from foveate.core.policy import Held, Merged, Reading
     from foveate.core.ragged import Packed
     from foveate.core.rows import Layer, RowBlock, Rows, View
@@ -173,8 +174,9 @@ class Edit(Mechanism):
     """Changes the rows of a running model.
 
     Of the three methods that change something, `tilt` costs least: the CPU kernel adds it to the scores on the way, row
-    blocks do where that kernel is not at hand; `edit_scores` and `edit` always see whole rows. They act in this order:
-    tilts, scores, weights; in each, the edits in the order in which they are attached.
+    blocks do where that kernel is not at hand; `edit_scores` and `edit` see whole rows. They act in this order: tilts,
+    scores, weights; in each, the edits in the order in which they are attached. `through` says what comes of `edit`
+    without the rows.
     """
 
     def needs(self) -> tuple[Reduction, ...]:
@@ -196,6 +198,13 @@ class Edit(Mechanism):
     ) -> Float[Tensor, "batch heads rows keys"]:
         """Weights after normalisation."""
         return weights
+
+    def through(self, passes: Passes) -> Float[Tensor, "batch heads query value_dim"] | None:
+        """Head outputs of `edit` without the rows, where passes over the keys can say them; None: it needs the rows.
+
+        Asked where it is the only edit of rows and nobody looks at them.
+        """
+        return None
 
     @property
     def whole_rows(self) -> bool:

@@ -22,8 +22,9 @@ __all__ = ["ACTIVATIONS", "MAX_WIDTH", "NativeResult", "attend", "available", "d
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
-# in the order of kernels/tiles.hpp, behind softmax
-ACTIVATIONS = ("sigmoid", "relu", "softplus")
+# in the order of kernels/tiles.hpp, behind softmax; the last two have no derivatives
+ACTIVATIONS = ("sigmoid", "relu", "softplus", "up_to", "excess")
+OF_ROWS = ACTIVATIONS[3:]
 # a multiple of what one register tile covers, whatever the processor
 _PANEL = 64
 
@@ -53,10 +54,10 @@ class _Call(ctypes.Structure):
         *_fields("sinks extra tilt tilted index", c_void_p),
         *_fields("extra_stride tilt_batch_stride tilt_head_stride tilted_stride index_stride", c_int64),
         ("ranges", _Ranges),
-        ("activation", c_int64),
-        ("piece", c_int64),
+        *_fields("activation power piece", c_int64),
         *_fields("scale softcap shift", c_double),
-        *_fields("out lse entropy distance within_mass match_mass extra_mass column", c_void_p),
+        *_fields("row_shift row_cut", c_void_p),
+        *_fields("out lse top entropy distance within_mass match_mass extra_mass column", c_void_p),
     )
 
 
@@ -80,13 +81,14 @@ class _Back(ctypes.Structure):
 class NativeResult:
     """What `attend` computed; None where it was not asked.
 
-    `out` is [batch, heads, query, value], a view of contiguous [batch, query, heads, value]. `lse`, `entropy`
+    `out` is [batch, heads, query, value], a view of contiguous [batch, query, heads, value]. `lse`, `top`, `entropy`
     and `distance` are [batch, heads, query], `within` and `match` [n, batch, heads, query], `extra`
     [batch, heads, query, n], `column` [batch, heads, key].
 
     Args:
         out: Head outputs.
         lse: Log-sum-exp of each row.
+        top: Largest score of each row.
         entropy: Entropy of each row.
         distance: Mean distance of each row.
         within: Mass within each width.
@@ -97,6 +99,7 @@ class NativeResult:
 
     out: Any
     lse: Tensor
+    top: Any
     entropy: Any
     distance: Any
     within: Any
@@ -148,9 +151,12 @@ def attend(
     match: tuple[tuple[Tensor, Tensor], ...] = (),
     extra: Tensor | None = None,
     want_column: bool = False,
+    want_top: bool = False,
     ranges: Ranges | None = None,
     activation: str | None = None,
-    shift: float = 0.0,
+    shift: float | Tensor = 0.0,
+    cut: Tensor | None = None,
+    power: int = 1,
     piece: int = 4096,
     threads: int | None = None,
 ) -> NativeResult:
@@ -184,9 +190,13 @@ def attend(
         extra: float32 [batch or 1, key, n], more value columns, the same for all heads.
         want_column: Ask for the mass that each key receives, summed over the queries.
         ranges: The stretches of keys that row blocks visit; by default all. Outputs and log-sum-exp only.
+        want_top: Ask for the largest score of each row.
         activation: Weights are this function of score + shift (see `ACTIVATIONS`), and nothing normalises them: outputs
             are sums, and in the place of log-sum-exps stand the sums of the weights. Nothing else can be asked for.
-        shift: What is added to the scores under an activation.
+            "up_to" is exp, and 0 where that is above the row's cut; "excess" a power of how far exp is above it.
+        shift: What is added to the scores under an activation; for "up_to" and "excess" [batch, heads, query].
+        cut: [batch, heads, query], for these two.
+        power: Of "excess".
         piece: Keys per part where few rows have more of them and only outputs and log-sum-exps are asked for; the
             parts are work of their own.
         threads: By default what torch uses.
@@ -236,6 +246,13 @@ def attend(
         ):
             raise ValueError(f"tilted must be bool [{batch} or 1, {queries}], got {tuple(tilted.shape)}")
         tilted = tilted.contiguous()
+    of_rows = activation in OF_ROWS
+    if of_rows != isinstance(shift, Tensor) or of_rows != (cut is not None):
+        raise ValueError(f"{' and '.join(OF_ROWS)} take a shift and a cut for each row, and nothing else does")
+    if isinstance(shift, Tensor) and cut is not None:
+        shift, cut = (_floats(x.expand(batch, heads, queries)) for x in (shift, cut))
+    if power < 1:
+        raise ValueError(f"power must be at least 1, got {power}")
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
     if softcap is not None and not softcap > 0:
@@ -252,6 +269,7 @@ def attend(
     rows = (batch, heads, queries)
     out = torch.empty(batch, queries, heads, values) if want_out else None
     lse = torch.empty(rows)
+    top = torch.empty(rows) if want_top else None
     entropy = torch.empty(rows) if want_entropy else None
     distance = torch.empty(rows) if want_distance else None
     within_mass = torch.empty(len(rings), *rows) if within else None
@@ -292,14 +310,16 @@ def attend(
         softcap=softcap or 0.0,
         ranges=_visited(ranges, batch, heads, queries),
         activation=_activation(activation),
-        shift=shift,
+        power=power,
+        shift=0.0 if isinstance(shift, Tensor) else shift,
         piece=piece,
     )
     pointers = {
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
         **{"tilt": tilt, "tilted": tilted, "index": index},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
-        **{"out": out, "lse": lse, "entropy": entropy, "distance": distance},
+        **{"row_shift": shift if isinstance(shift, Tensor) else None, "row_cut": cut},
+        **{"out": out, "lse": lse, "top": top, "entropy": entropy, "distance": distance},
         **{"within_mass": within_mass, "match_mass": match_mass, "extra_mass": extra_mass, "column": column},
     }
     for name, tensor in pointers.items():
@@ -312,6 +332,7 @@ def attend(
     return NativeResult(
         out=None if out is None else out.to(dtype).transpose(1, 2),
         lse=lse,
+        top=top,
         entropy=entropy,
         distance=distance,
         within=within_mass,
@@ -382,7 +403,7 @@ def derive(
         lo_stride=_step(lo),
         hi_stride=_step(hi),
         ranges=_visited(ranges, batch, heads, queries),
-        activation=_activation(activation),
+        activation=_activation(activation, derived=True),
         scale=scale,
         shift=shift,
     )
@@ -394,7 +415,9 @@ def derive(
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _activation(name: str | None) -> int:
+def _activation(name: str | None, derived: bool = False) -> int:
+    if derived and name in OF_ROWS:
+        raise ValueError(f"{name} has no derivatives")
     return 0 if name is None else 1 + ACTIVATIONS.index(name)
 
 

@@ -6,7 +6,7 @@ ways to the same numbers, each the others' test:
     reference   whole rows of one layer at once, float64 on request: defines what is right
     blocks      row blocks in plain PyTorch: any rule, edit, pattern, bias or reduction; differentiable
     fused       closed forms from the log-sum-exp of fused kernels: no weight is formed, any device
-    native      one pass of the package's own CPU kernel
+    native      one pass of the package's own CPU kernel, or two under an edit that says its outputs so
     tiled       the key blocks that a pattern visits and no others (`core/tiled.py`); differentiable
     sdpa        nothing is asked: scaled_dot_product_attention and nothing else
 """
@@ -27,6 +27,7 @@ from foveate.core import fused, onepass, tiled
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Edit, Schedule, Tilt
+from foveate.core.passes import Passes
 from foveate.core.places import within
 from foveate.core.reductions import Reduction, Sampled
 from foveate.core.rule import Rule, lse_of
@@ -378,6 +379,10 @@ def passed(
     edits = (*edits, *beyond)
     plain = view.rule.plain and not edits
     streamed = tuple(r for r in wanted if r.axis != "sample")
+    through = None
+    if engine == "auto" and len(edits) == 1 and view.rule.plain and not streamed and pattern is None and dtype is None:
+        passes = Passes(view)
+        through = edits[0].through(passes) if passes.fit else None
     if engine == "auto":
         whole = plain and pattern is None and dtype is None and not streamed and view.tilt is None
         if schedule is not None and whole and not schedule.refuses(view):
@@ -397,7 +402,9 @@ def passed(
         edits, first_pass(unedited, edits), None if pattern is None else tiled.covered(view, pattern(view)), dtype
     )
     found: dict[Reduction, Tensor]
-    if engine == "sdpa":
+    if through is not None:
+        out, found, engine = through.to(view.q.dtype), {}, "native"
+    elif engine == "sdpa":
         out, found = sdpa(view), {}
     elif engine == "tiled":
         out, found = tiled.attend(view, stages.visits)[0], {}

@@ -10,6 +10,7 @@ out, and gets its share of what is taken from the others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
+from foveate.core.passes import Passes
 from foveate.core.places import Head, named_layer, some_heads, some_indices
 from foveate.core.rows import RowBlock
-from foveate.steer._sinks import beginning, chosen, gains
+from foveate.steer._sinks import beginning, behind, chosen, gains
 
 __all__ = ["AttentionCalibration"]
 
@@ -98,7 +100,7 @@ class AttentionCalibration(Edit):
     def edit(
         self, block: RowBlock, weights: Float[Tensor, "batch heads rows keys"]
     ) -> Float[Tensor, "batch heads rows keys"]:
-        here = chosen(self.heads, self.layers, block)
+        here = chosen(self.heads, self.layers, block.view)
         if here is None:
             return weights
         front, spared = beginning(block, self.spared)
@@ -110,3 +112,15 @@ class AttentionCalibration(Edit):
         held = torch.where(sinks, 0.0, weights).sum(-1, keepdim=True)
         gain = gains((1 - self.factor) * (weights.sum(-1, keepdim=True) - held), held)
         return weights * torch.where(sinks, torch.where(gain > 0, self.factor, 1.0), 1 + gain)
+
+    def through(self, passes: Passes) -> Float[Tensor, "batch heads query value_dim"]:
+        here, whole = chosen(self.heads, self.layers, passes.view), passes.softmax()
+        if here is None:
+            return whole.out
+        front = behind(passes.view.mask, self.spared)
+        # what the others hold is summed up itself, as in `edit`
+        first, low = passes.up_to(whole.lse, math.inf, high=front), passes.up_to(whole.lse, self.threshold, front)
+        others, held = first.out + low.out, (first.mass + low.mass)[..., None]
+        gain = gains((1 - self.factor) * (passes.total(whole) - held).clamp_min(0), held)
+        new = others * (1 + gain) + (whole.out - others) * torch.where(gain > 0, self.factor, 1.0)
+        return torch.where(here, new, whole.out)

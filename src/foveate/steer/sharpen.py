@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.card import Card, Needs
+from foveate.core.mask import Mask
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
+from foveate.core.passes import Passes
 from foveate.core.places import Head, named_layer, some_heads
 from foveate.core.rows import RowBlock
 from foveate.steer._acting import acting
@@ -102,12 +104,8 @@ class Sharpen(Edit):
         heads = acting(self.heads, view)
         if heads is None or not p.shape[3]:
             return weights
-        # the first tokens of its text are no keys of the row that is re-weighted
-        mask = view.mask
-        starts = mask.starts.where(mask.starts >= 0, mask.text_begin[:, None])
-        rest = starts[:, block.index, None] + self.sink
-        n = mask.high[:, block.index, None] - torch.maximum(mask.low[:, block.index, None], rest)
-        n = n.clamp_min(1)[:, None]
+        rest, n = (x[:, block.index, None] for x in self.counts(view.mask))
+        n = n[:, None]
         # they stand in front, and only that part is masked: every pass over whole rows is dear
         front = slice(0, max(0, int(rest.max()) - block.first))
         kept = (torch.arange(block.first, block.last, device=p.device)[front] < rest)[:, None]
@@ -127,3 +125,35 @@ class Sharpen(Edit):
         new[..., front] = torch.where(kept, p[..., front], new[..., front])
         acts = sharp & heads[:, None, None]
         return new if bool(acts.all()) else torch.where(acts, new, p)
+
+    def counts(self, mask: Mask) -> tuple[Int[Tensor, "#batch query"], Int[Tensor, "#batch query"]]:
+        """The first key of each row that is re-weighted, and n, how many there are from there on."""
+        # the first tokens of its text are no keys of the row that is re-weighted
+        starts = mask.starts.where(mask.starts >= 0, mask.text_begin[:, None])
+        rest = (starts + self.sink).to(torch.int32)
+        return rest, (mask.high - torch.maximum(mask.low, rest)).clamp_min(1)
+
+    def through(self, passes: Passes) -> Float[Tensor, "batch heads query value_dim"] | None:
+        heads, view = acting(self.heads, passes.view), passes.view
+        if heads is None:
+            return passes.softmax().out
+        if self.power != int(self.power):
+            return None
+        rest, n = self.counts(view.mask)
+        n = n[:, None]
+        front, left = passes.softmax(high=rest, sinks=False), passes.softmax(low=rest, sinks=False, mixed=False)
+        o = torch.where(n <= FEW, 0.0, self.offset) / n
+        top = (left.top - left.lse).exp() - o
+        sharp = top > UNIFORM / n
+        top = top.where(sharp, 1.0)
+        found = passes.excess(-left.lse - top.log(), o / top, int(self.power), rest)
+        new = found.out / found.mass.where(sharp, 1.0)[..., None]
+        # the two parts of a row, and what a learned sink holds, by their log-sum-exps
+        lse = torch.logaddexp(front.lse, left.lse)
+        if view.sinks is not None:
+            lse = torch.logaddexp(lse, view.sinks.float()[:, None])
+        # of a row that sees nothing, anything finite
+        lse = lse.where(lse > -torch.inf, 0.0)
+        out = (front.lse - lse).exp()[..., None] * front.out + (left.lse - lse).exp()[..., None] * new
+        still = (left.lse > -torch.inf) & ~(sharp & heads[:, None])
+        return torch.where(still[..., None], passes.softmax().out, out) if bool(still.any()) else out

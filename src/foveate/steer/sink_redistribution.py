@@ -12,19 +12,21 @@ can have it. Sinks inside of the region give, too, and get nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Edit
 from foveate.core.params import bounded
+from foveate.core.passes import Passes
 from foveate.core.places import Head, Span, named_layer, some_heads, some_indices, some_spans
-from foveate.core.rows import RowBlock
-from foveate.steer._sinks import SOME, beginning, chosen, gains
+from foveate.core.rows import RowBlock, View
+from foveate.steer._sinks import SOME, beginning, behind, chosen, gains
 
 __all__ = ["SinkRedistribution"]
 
@@ -103,12 +105,11 @@ class SinkRedistribution(Edit):
     def edit(
         self, block: RowBlock, weights: Float[Tensor, "batch heads rows keys"]
     ) -> Float[Tensor, "batch heads rows keys"]:
-        here = chosen(self.heads, self.layers, block)
+        here = chosen(self.heads, self.layers, block.view)
         if here is None:
             return weights
         view, mask = block.view, block.view.mask
         region = view.inside(self.span, mask.key_place)[:, None, None, block.first : block.last]
-        behind = view.inside(tuple((b, torch.iinfo(torch.int32).max) for _, b in self.span), mask.place)
         sinks = weights > self.threshold / seen(block)
         front, first = beginning(block, 1)
         sinks[..., front] |= first
@@ -120,11 +121,33 @@ class SinkRedistribution(Edit):
         contents = clear.sum(-1, keepdim=True)
         inside = contents + torch.where(region[..., at], taken[..., at], 0.0).sum(-1, keepdim=True)
         centric = (inside >= self.least) & (contents >= self.centric * inside)
-        acts = here & centric & behind[:, None, block.index, None] & (contents > SOME)
+        acts = here & centric & self.later(view)[:, None, block.index, None] & (contents > SOME)
         share = torch.where(acts, self.portion, 0.0)
         new = torch.addcmul(weights, taken, share, value=-1)
         new[..., at] += clear * gains(share * taken.sum(-1, keepdim=True), contents)
         return new
+
+    def later(self, view: View) -> Bool[Tensor, "#batch query"]:
+        """Which rows stand behind the region."""
+        return view.inside(tuple((b, torch.iinfo(torch.int32).max) for _, b in self.span), view.mask.place)
+
+    def through(self, passes: Passes) -> Float[Tensor, "batch heads query value_dim"]:
+        view, mask = passes.view, passes.view.mask
+        here, whole = chosen(self.heads, self.layers, view), passes.softmax()
+        if here is None:
+            return whole.out
+        front, cut = behind(mask, 1), self.threshold / (mask.high - mask.low).clamp_min(1)[:, None]
+        bounds = torch.tensor(self.span, dtype=torch.int32, device=mask.device)
+        low, high = ((mask.text_begin[:, None] + b[:, None]).clamp(0, mask.keys).to(torch.int32) for b in bounds.T)
+        others = passes.up_to(whole.lse, cut, front)
+        clear = passes.up_to(whole.lse, cut, torch.maximum(low, front), high)
+        inside, contents = passes.up_to(whole.lse, math.inf, low, high, mixed=False).mass, clear.mass[..., None]
+        inside = inside[..., None]
+        centric = (inside >= self.least) & (contents >= self.centric * inside)
+        acts = here & centric & self.later(view)[:, None, :, None] & (contents > SOME)
+        share = torch.where(acts, self.portion, 0.0)
+        taken = (passes.total(whole) - others.mass[..., None]).clamp_min(0)
+        return whole.out - share * (whole.out - others.out) + clear.out * gains(share * taken, contents)
 
 
 def seen(block: RowBlock) -> Tensor:

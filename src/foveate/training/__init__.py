@@ -2,7 +2,7 @@
 
 from foveate.training.convolution import GatedConvolution
 from foveate.training.experiment import Experiment, Outcome, usual
-from foveate.training.loop import Diverged, Trained, train
+from foveate.training.loop import Trained, train
 from foveate.training.model import Decoder
 from foveate.training.run import Optimisation, Run, Size
 from foveate.training.task import Batch, Measure, TrainingTask, find_task, task_names
@@ -18,7 +18,6 @@ __all__ = [
     "Characters",
     "Copying",
     "Decoder",
-    "Diverged",
     "Experiment",
     "GatedConvolution",
     "Induction",

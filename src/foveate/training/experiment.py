@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from scipy import stats
 
-from foveate.core.errors import BadInput
+from foveate.core.errors import BadInput, Diverged
 from foveate.probe.ledger import Ledger
 from foveate.training.checkpoint import clear
-from foveate.training.loop import Diverged, Tell, cost, train
+from foveate.training.loop import Tell, cost, train
 from foveate.training.mixers import operator
 from foveate.training.run import Run, differences
 from foveate.training.task import TrainingTask

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import Diverged
 from foveate.nn import auxiliary_loss
 from foveate.training.checkpoint import Checkpoint, read, restore, tensors, write
 from foveate.training.mixers import operator
@@ -21,7 +21,7 @@ from foveate.training.model import Decoder
 from foveate.training.run import Optimisation, Run
 from foveate.training.task import Batch, Measure
 
-__all__ = ["Diverged", "Trained", "Training", "settled", "train"]
+__all__ = ["Trained", "Training", "settled", "train"]
 
 Tell = Callable[[int, float], None]
 PARTS = 10
@@ -29,10 +29,6 @@ PARTS = 10
 TIMED = 3
 # weights, sequences to train on and sequences to judge by come from seeds far apart
 TRAINED, JUDGED = 1 << 40, 1 << 41
-
-
-class Diverged(FoveateError):
-    """A loss or a gradient is no number: training stopped before it could reach the weights."""
 
 
 @dataclass(frozen=True, eq=False)

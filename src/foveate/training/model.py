@@ -11,15 +11,13 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from foveate.core.errors import BadInput
-from foveate.core.mixer import Mixer, StateLayer
-from foveate.core.recurrence import Recurrence
-from foveate.core.rows import Layer, RowBlock, View
-from foveate.core.rule import Operator, Rule
-from foveate.nn import Attention, rotated
+from foveate.core.mixer import StateLayer
+from foveate.core.rule import Operator
+from foveate.nn import Attention
 from foveate.training.run import Size
 from foveate.training.task import NOT_ASKED, Batch
 
-__all__ = ["Decoder", "looked"]
+__all__ = ["Decoder"]
 
 SPREAD = 0.02
 
@@ -147,25 +145,3 @@ class Decoder(nn.Module):
         block = self.blocks[n]
         assert isinstance(block, Block)
         return block
-
-
-def looked(
-    attention: Attention, x: Float[Tensor, "batch position width"]
-) -> tuple[Float[Tensor, "batch heads row key"], Float[Tensor, "batch kv_heads key value_dim"]] | None:
-    """The weights of an attention module, whole, and its values; None for what forms none."""
-    standing = attention.rule
-    rule = None if standing is None else standing.operator
-    if isinstance(rule, Mixer | Recurrence):
-        return None
-    mask = attention.seen(x, x.shape[1], None)
-    q, k, v = (attention.heads_of(part(x)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
-    if attention.rope is not None:
-        q, k = rotated(q, mask.place, attention.rope), rotated(k, mask.place, attention.rope)
-    view = View(q, k, v, mask, projection=attention.o_proj.weight)
-    view.layer = Layer(attention.sizes.layer)
-    if standing is not None and isinstance(rule, Rule):
-        view.v = rule.write(standing.learned, v, x)
-        view.rule, view.learned, view.hidden = rule, standing.learned, x
-    view = view.rule.prepare(view)
-    n = x.shape[1]
-    return RowBlock(view, torch.arange(n), 0, n, torch.float32).weights, view.v

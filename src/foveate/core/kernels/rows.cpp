@@ -23,10 +23,12 @@ struct Call {
     int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
     Ranges ranges;                            // which keys row blocks visit
     int64_t activation;                       // weights are functions of score + shift, and nothing is normalised
+    int64_t power;                            // of EXCESS
     int64_t piece;                            // keys per part where few rows have many
     double scale, softcap, shift;             // softcap 0: none
+    const float *row_shift, *row_cut;         // [batch, heads, queries], for UP_TO and EXCESS
     float *out;                               // [batch, queries, heads, values]
-    float *lse, *entropy, *distance;          // [batch, heads, queries]
+    float *lse, *top, *entropy, *distance;    // [batch, heads, queries]
     float *within_mass, *match_mass;          // [n, batch, heads, queries]
     float *extra_mass;                        // [batch, heads, queries, extras]
     float *column;                            // [batch, heads, keys]
@@ -39,6 +41,7 @@ struct Row {
     int32_t lo, hi;       // keys that it sees
     int64_t query, head;
     const float *tilt;    // bias on its keys in nats, or null
+    float shift, cut;     // of an activation; the shift in units of ln 2
     int64_t here;         // its position, relative to the block's first key
     float peak;           // largest score so far
     double factor;        // weight = e * factor, once all keys were seen
@@ -171,21 +174,33 @@ void weigh(float *s, int64_t n, float peak, const float *position, float here, f
 
 // Turns the scores of one row into functions of score + shift, in place; what it does not see becomes zero.
 template <int ACT>
-void weigh_alone(float *s, int64_t n, float shift, float *sum) {
-    const vf by = splat(shift);
+void weigh_alone(float *s, int64_t n, const Row &row, int64_t power, float *sum) {
+    const vf by = splat(row.shift), cut = splat(row.cut);
     vf mass = load(sum + MASS * LANE);
     for (int64_t j = 0; j < n; j += LANE) {
         const vf x = load(s + j);
+        vf e = activate<ACT>(x + by);
+        if (ACT == UP_TO) e = (vf)((vi)e & ~(e > cut));
+        if (ACT == EXCESS) {
+            vf over = (vf)((vi)(e - cut) & ~(e <= cut));
+            e = splat(1.0f);
+            for (int64_t i = power; i; i >>= 1, over *= over)
+                if (i & 1) e *= over;
+        }
         // hidden keys stand at minus infinity
-        const vf e = (vf)((vi)activate<ACT>(x + by) & (x != splat(-INF)));
+        e = (vf)((vi)e & (x != splat(-INF)));
         store(s + j, e);
         mass += e;
     }
     store(sum + MASS * LANE, mass);
 }
 
-constexpr decltype(&weigh_alone<SIGMOID>) ALONE[] = {nullptr, weigh_alone<SIGMOID>, weigh_alone<RELU>,
-                                                     weigh_alone<SOFTPLUS>};
+constexpr decltype(&weigh_alone<SIGMOID>) ALONE[] = {nullptr,
+                                                     weigh_alone<SIGMOID>,
+                                                     weigh_alone<RELU>,
+                                                     weigh_alone<SOFTPLUS>,
+                                                     weigh_alone<UP_TO>,
+                                                     weigh_alone<EXCESS>};
 
 template <int N>
 void match_labels(const float *e, int64_t n, const int32_t *const *labels, const int32_t *wanted, float *sum) {
@@ -446,8 +461,10 @@ void Job::prepare(const Block &t, Workspace &w) const {
     w.tiles.clear();
     for (int64_t r = 0; r < t.rows; ++r) {
         const int64_t i = (t.first + r) / t.heads, head = t.head + (t.first + r) % t.heads;
+        const int64_t at = (t.batch * c.heads + head) * c.queries + i;
         Row row{std::max(c.lo[t.batch * c.lo_stride + i], 0),
                 int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head, nullptr,
+                float((c.row_shift ? c.row_shift[at] : c.shift) * LOG2E), c.row_cut ? c.row_cut[at] : 0.0f,
                 query_position[i] - base, -INF, 0};
         if (c.tilt && (!c.tilted || c.tilted[t.batch * c.tilted_stride + i]))
             row.tilt = c.tilt + t.batch * c.tilt_batch_stride + head * c.tilt_head_stride;
@@ -566,7 +583,7 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
 void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const {
     Row &row = w.rows[r];
     float *sum = w.sum.p + r * sums * LANE, *near = w.near.p + r * c.withins, *o = w.o.p + r * padded;
-    if (c.activation) return ALONE[c.activation](s + from, to - from, c.shift * LOG2E, sum);
+    if (c.activation) return ALONE[c.activation](s + from, to - from, row, c.power, sum);
     const float peak = std::max(row.peak, largest(load(w.peak.p + r * LANE)));
     if (peak > row.peak && row.peak > -INF) {
         const float fade = std::exp2(row.peak - peak);
@@ -659,6 +676,7 @@ void Job::finish(const Block &t, Workspace &w) const {
         const int64_t at = (t.batch * c.heads + row.head) * c.queries + row.query;
         const int64_t all = c.batch * c.heads * c.queries;
         c.lse[at] = c.activation ? mass : lse * LN2;
+        if (c.top) c.top[at] = row.peak * LN2;
         if (c.entropy) c.entropy[at] = weighted((mass * (lse - row.peak) - surprise) * LN2);
         if (c.distance) c.distance[at] = weighted(total(load(sum + DISTANCE * LANE)));
         double near = 0;

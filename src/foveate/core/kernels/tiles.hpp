@@ -126,14 +126,16 @@ INLINE vf exp2(vf x) {
 #endif
 }
 
-// Weights that are functions of single scores, which nothing normalises; in the order of native.py.
-enum Activation { SOFTMAX, SIGMOID, RELU, SOFTPLUS };
+// Weights that are functions of single scores, which nothing normalises; in the order of native.py. UP_TO and EXCESS
+// are of e^score: 0 above a cut, and a power of what is above it.
+enum Activation { SOFTMAX, SIGMOID, RELU, SOFTPLUS, UP_TO, EXCESS };
 
 // The weight of a score that is in units of ln 2.
 template <int ACT>
 INLINE vf activate(vf y) {
     if (ACT == RELU) return (vf)((vi)(y * splat(float(LN2))) & ~(y <= vf{}));
     const vf top = splat(127.0f), low = splat(-150.0f);
+    if (ACT == UP_TO || ACT == EXCESS) return exp2(y < top ? larger(low, y) : top);
     if (ACT == SIGMOID) {
         const vf x = -y;
         return 1.0f / (1.0f + exp2(x < top ? larger(low, x) : top));

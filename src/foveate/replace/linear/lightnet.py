@@ -4,6 +4,12 @@ r"""LightNet: an additive recurrence, which is a softmax over time in each chann
     S_t = diag(g_{t-1} / g_t) S_{t-1} + (exp(k_t) / g_t) v_t^T = softmax_{s <= t}(k_s)^T v_s
     out = W_o (RMSNorm(concat_h silu(q_t)^T S_t) * silu(W_b W_a x_t))
 
+With P_s = exp(k_s - m) and m the largest k of each channel, S_t = diag(1 / sum_{s <= t} P_s) sum_{s <= t} P_s v_s^T, in
+which nothing decays; that is how it is computed where no channel spans more than float32 has digits for.
+
+Nothing decays in S_t = diag(1 / r_t) sum_{s <= t} exp(k_s - m) v_s^T, r_t = sum_{s <= t} exp(k_s - m), m the largest k
+of a channel: so it is computed unless a channel spans more than float32 has room for.
+
 What decays is the share of a token in a sum, not its weight with the distance. Where all see all, every order of the
 tokens gives the same S: a grid needs no more than one scan, and its places come from relative positions alone
 (MD-LRPE): with M axes, group i of the channels is turned by n_i theta, n_i the place on axis i, as `_lrpe.py` has it.
@@ -34,6 +40,10 @@ __all__ = ["Lightnet"]
 EPS = 1e-5
 # the log of no sum at all; -inf less -inf would be NaN
 NOTHING = -1e30
+# the widest range of the logits of a channel of which float32 can sum exponentials, and divide by the sums
+SPAN = 60.0
+# the widest range of the logits of a channel whose exponentials, and their reciprocals, float32 can sum
+SPAN = 60.0
 
 
 @dataclass(frozen=True)
@@ -86,24 +96,42 @@ class Lightnet(Recurrence):
     ) -> tuple[Float[Tensor, "batch heads time value_dim"], State]:
         if state and not heads.tokens.causal:
             raise NotSupported("a softmax over all tokens needs them all at once; call it without a cache")
-        scan, total = self.shared(heads, state or {})
-        out, last = run(scan, state["state"] if state else None, form)
+        scan, total, top = self.shared(heads, state or {})
+        held = None
+        if state:
+            held = state["state"]
+            held = held if top is None else held * twice((state["total"] - top).exp())[..., None]
+        out, last = run(scan, held, form)
+        if top is not None:
+            last = last * twice((top - total).exp())[..., None]
         return self.finish(heads, out), {"state": last, "total": total}
 
-    def shared(self, heads: Heads, before: State) -> tuple[Scan, Tensor]:
-        """The scan, and log g behind its last token; `before` has the one before its first."""
+    def shared(self, heads: Heads, before: State) -> tuple[Scan, Tensor, Tensor | None]:
+        """The scan, and log g behind its last token; `before` has the one before its first.
+
+        Third, m, where nothing decays in the scan; its state is then exp(log g - m) times the one that is kept.
+        """
         tokens, wide = heads.tokens, exact(heads.q)
-        k = heads.k.to(wide).masked_fill(~tokens.real[:, None, :, None], NOTHING)
-        none = torch.full_like(k[:, :, :1], NOTHING)
-        start = before["total"][:, :, None] if before else none
-        total = log_sums(k, tokens, start)
-        share, decay = (k - total).exp(), None
-        if tokens.causal:
-            decay = (torch.cat([start, total[:, :, :-1]], 2) - total).clamp_max(0)
-            decay = torch.cat([decay, decay], -1)
+        gap = ~tokens.real[:, None, :, None]
+        k = heads.k.to(wide).masked_fill(gap, NOTHING)
+        start = before["total"][:, :, None] if before else torch.full_like(k[:, :, :1], NOTHING)
+        top = k.detach().amax(2, keepdim=True).maximum(start)
+        lowest = k.detach().masked_fill(gap, torch.inf).amin(2, keepdim=True).maximum(start)
         angle = self.angle(heads)
-        of_queries = angle.repeat_interleave(heads.q.shape[1] // angle.shape[1], 1)
-        q = turned(silu(heads.q.to(wide)), of_queries)
+        groups = heads.q.shape[1] // k.shape[1]
+        q, decay = turned(silu(heads.q.to(wide)), angle.repeat_interleave(groups, 1)), None
+        flat = tokens.causal and tokens.opens is None and bool((top - lowest <= SPAN).all())
+        if flat:
+            share = (k - top).exp()
+            sums = (start - top).exp() + share.cumsum(2)
+            total = top[:, :, 0] + sums[:, :, -1].log()
+            # of padding in front, which reads nothing, anything finite
+            q = q * twice(sums.clamp_min(math.exp(-SPAN - 1)).reciprocal()).repeat_interleave(groups, 1)
+        else:
+            logs = log_sums(k, tokens, start)
+            share, total = (k - logs).exp(), logs[:, :, -1].clone()
+            if tokens.causal:
+                decay = twice((torch.cat([start, logs[:, :, :-1]], 2) - logs).clamp_max(0))
         scan = Scan(
             q,
             turned(share, angle),
@@ -113,7 +141,7 @@ class Lightnet(Recurrence):
             opens=tokens.opens,
             causal=tokens.causal,
         )
-        return scan, total[:, :, -1].clone()
+        return scan, total, top[:, :, 0] if flat else None
 
     def angle(self, heads: Heads) -> Float[Tensor, "batch kv_heads time dim"]:
         """n_i theta of each channel."""
@@ -151,6 +179,11 @@ class Gate(nn.Module):
         self.down, self.up = nn.Linear(sizes.width, rank, bias=False), nn.Linear(rank, inner, bias=False)
         self.weight = nn.Parameter(torch.ones(inner))
         self.theta = nn.Parameter(first_theta(sizes.kv_heads, channels))
+
+
+def twice(x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch twice"]:
+    """The numbers of channels beside each of their two features."""
+    return torch.cat([x, x], -1)
 
 
 def log_sums(

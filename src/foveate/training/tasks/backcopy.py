@@ -19,7 +19,10 @@ from torch import Tensor
 
 from foveate.core.errors import BadInput
 from foveate.core.params import bounded
-from foveate.training.model import Decoder, looked
+from foveate.core.reductions import Last
+from foveate.core.rows import attend
+from foveate.core.rule import Rule
+from foveate.training.model import Decoder
 from foveate.training.run import Optimisation, Size, Usual
 from foveate.training.task import Batch, Column, Measure, Plot, TrainingTask
 from foveate.training.tasks.characters import encoded
@@ -124,10 +127,12 @@ class Backcopy(TrainingTask):
         """Share on the first token elsewhere and at triggers, and value there over the others', of each head."""
         names, block = list(states), model.layer(layer)
         before = states[names[names.index(f"layer {layer}, attention") - 1]]
-        seen = looked(block.attention, block.read(before))
-        if seen is None:
+        rule = block.attention.rule
+        if rule is not None and not isinstance(rule.operator, Rule):
             return []
-        weights, values = seen
+        every = Last(before.shape[1])
+        seen = attend(block.attention.view(block.read(before)), (every,))
+        weights, values = seen[every].weights, seen.view.v
         share = weights[..., 0].abs() / weights.abs().sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
         drains = peak(values.norm(dim=-1)).mean(0).repeat_interleave(weights.shape[1] // values.shape[1])
         rows = [share[:, h] for h in range(share.shape[1])]
