@@ -43,11 +43,14 @@ class Draw(nn.Module):
         self.register_buffer("omega", omega)
 
     def logs(
-        self, x: Float[Tensor, "batch heads time dim"], scale: float
+        self, x: Float[Tensor, "batch heads time dim"], scale: float, less: float = 0.0
     ) -> Float[Tensor, "batch heads time features"]:
-        """Logs of the features."""
+        """Logs of the features, `less` taken off."""
         x = x.to(exact(x)) * scale**0.5
-        return x @ self.omega.to(x).T - x.square().sum(-1, keepdim=True) / 2
+        # in the product, for features are many times as wide as what they are made of
+        off = -x.square().sum(-1, keepdim=True) / 2 - less
+        omega = self.omega.to(x)
+        return torch.cat([x, off], -1) @ torch.cat([omega, torch.ones_like(omega[:, :1])], 1).T
 
     @property
     def shift(self) -> float:

@@ -76,4 +76,4 @@ class RandomFeatures(Recurrence):
 
     def keys(self, heads: Heads) -> Float[Tensor, "batch kv_heads time key"]:
         assert isinstance(heads.learned, Draw)
-        return (heads.learned.logs(heads.k, heads.scale) - heads.learned.shift).exp()
+        return heads.learned.logs(heads.k, heads.scale, heads.learned.shift).exp()

@@ -111,7 +111,7 @@ def lowered(
 def key_features(heads: Heads, k: Float[Tensor, "batch heads time dim"]) -> Float[Tensor, "batch heads time key"]:
     """Features of keys, lowered by what is the same for all."""
     assert isinstance(heads.learned, Draw)
-    return (heads.learned.logs(k, heads.scale) - heads.learned.shift).exp()
+    return heads.learned.logs(k, heads.scale, heads.learned.shift).exp()
 
 
 def estimated(
