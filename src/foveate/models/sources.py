@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -52,8 +53,26 @@ def open_gguf(file: Path, options: Options) -> tuple[Any, Any]:
     """Opens a GGUF file; its weights become plain floats."""
     checks.check_gguf(file, options.name)
     # The reader draws a bar that no setting of transformers turns off.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), read_once():
         return open_pretrained(options, file.parent, gguf_file=file.name, local_files_only=True)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """A GGUF file is parsed once in here, where transformers does it for configuration, weights and tokenizer each.
+
+    It takes most of the time of opening one; the map of names, which transformers makes for every module, the rest.
+    """
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in own.items():
+            setattr(gguf, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in own.items():
+            setattr(gguf, name, made)
 
 
 def open_hub(name: str, revision: str | None, options: Options) -> tuple[Any, Any]:
