@@ -86,23 +86,17 @@ class Pack:
 
 def clean(text: Any) -> str:
     """Text that cannot break a page: control and direction characters become visible, halves of characters too."""
-    text = str(text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return "".join(visible(c) for c in text)
+    return str(text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").translate(VISIBLE)
 
 
-def visible(c: str) -> str:
-    n = ord(c)
-    if c == "\n":
-        # many fonts lack its picture
-        return "\u23ce"
-    if n < 0x20:
-        # the pictures of control characters stand in their order
-        return chr(0x2400 + n)
-    if n == 0x7F:
-        return "\u2421"
-    if 0x80 <= n < 0xA0 or n in BIDI:
-        return f"\u2039U+{n:04X}\u203a"
-    return c
+def visible() -> dict[int, str]:
+    """What stands for each character that does not show, by its number."""
+    # the pictures of control characters stand in their order; many fonts lack that of the end of a line
+    pictures = {n: chr(0x2400 + n) for n in range(0x20)} | {ord("\n"): "\u23ce", 0x7F: "\u2421"}
+    return pictures | {n: f"\u2039U+{n:04X}\u203a" for n in (*range(0x80, 0xA0), *BIDI)}
+
+
+VISIBLE = visible()
 
 
 def script_json(data: Any) -> str:
