@@ -68,6 +68,7 @@ class Agent(Recurrence):
         use="In encoders of long texts and images, and (p = 0.15, a shortcut, no convolution) without training.",
         misleads="Two softmaxes are not the softmax of the product: all rows are mixtures of as many patterns as there "
         "are agents. No causal form, for agents stand for the whole text.",
+        claims=("agents_match",),
     )
     test_params: ClassVar[tuple[dict[str, Any], ...]] = (
         {},

@@ -76,6 +76,7 @@ class Hedgehog(Recurrence):
         use="to make a loaded model linear: let the maps learn its weights with `mimicry_loss`, then train the model",
         misleads="maps that have learned the weights do not give the model back without training of the model itself; "
         "the loss cannot fall below the entropy of the softmax weights, and says nothing of longer texts",
+        claims=("softmax_mimicry",),
     )
     test_params: ClassVar = ({}, {"activation": "exp"})
 

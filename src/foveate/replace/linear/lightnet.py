@@ -82,6 +82,7 @@ class Lightnet(Recurrence):
         "layers without rope.",
         use="For images and grids in one pass, and for texts in a state of fixed size, with the same layer.",
         misleads="There is no recency: one large logit keeps its channel for good, and a late token weighs 1 / t.",
+        claims=("one_scan",),
     )
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"rank": 3, "inner": (4,)}, {"rank": 3, "inner": (3, 2)})
 
