@@ -1,4 +1,4 @@
-"""Builds the optional C++ kernel. Everything else about the package stands in pyproject.toml."""
+"""Builds the optional C++ kernels. Everything else about the package stands in pyproject.toml."""
 
 import platform
 import sys
@@ -9,7 +9,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "src/foveate/core/kernels"
-SOURCES = [f"{FOLDER}/rows.cpp", f"{FOLDER}/back.cpp"]
+SOURCES = [f"{FOLDER}/rows.cpp", f"{FOLDER}/back.cpp", f"{FOLDER}/selective.cpp"]
 HEADERS = [f"{FOLDER}/tiles.hpp"]
 FLAGS = [
     "-std=c++17",

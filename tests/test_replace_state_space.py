@@ -16,6 +16,7 @@ from foveate.core.errors import BadInput
 from foveate.core.mixer import Tokens
 from foveate.nn import Attention
 from foveate.replace import H3, AttentionRnn, Delta, GatedDelta, Hyena, SelectiveStateSpace
+from foveate.replace.state_space import selective_state_space
 from foveate.testing import tiny
 
 DIM = WIDTH // HEADS
@@ -256,6 +257,27 @@ def test_where_the_selective_state_space_begins() -> None:
 def test_what_the_selective_state_space_keeps() -> None:
     assert kept(SelectiveStateSpace()) == 2 * WIDTH * (16 + 3)
     assert kept(SelectiveStateSpace(states=3, expand=1, convolution=1)) == WIDTH * 3
+
+
+def test_the_selective_state_space_works_on_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, attention = texts().requires_grad_(), module(SelectiveStateSpace())
+    leaves, real = [x, *attention.parameters()], torch.ones(2, LENGTH, dtype=torch.bool)
+    real[0, :2] = False
+
+    def found() -> tuple[Tensor, ...]:
+        y = attention(x, mask=real)
+        return (y, *torch.autograd.grad(y[real].square().sum(), leaves, allow_unused=True))
+
+    whole, lengths = found(), []
+    monkeypatch.setattr(selective_state_space, "STRETCH", 2 * 2 * WIDTH * 4)
+    own = attention.rule.learned
+    stretch = own.stretch
+    monkeypatch.setattr(own, "stretch", lambda u, *rest: lengths.append(u.shape[1]) or stretch(u, *rest))
+    for a, b in zip(found(), whole, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b)
+    assert lengths == [4, 4, 1]
 
 
 # ---------------------------------------------------------------- hyena

@@ -19,9 +19,9 @@ from torch.nn.functional import elu, logsigmoid, softplus
 
 from foveate.core.mask import Mask
 from foveate.core.rows import View
+from foveate.core.scans import selective as scanned_by
 from foveate.core.states import Scan
 from foveate.core.systems import System, coincide, memory, softmax_system, system
-from foveate.replace.state_space.selective_state_space import stepped
 
 SEEDS = (0, 1, 2)
 TIME, HEADS, STATES, CHANNELS = 48, 2, 4, 5
@@ -64,9 +64,9 @@ def selective(rate: Tensor, step: Tensor, b: Tensor, c: Tensor) -> Tensor:
         b: B_t, [time, states].
         c: C_t, the same.
     """
-    impulses = step[:, None] * torch.eye(len(step), dtype=step.dtype)
+    impulses = torch.eye(len(step), dtype=step.dtype)[None]
     rates, steps = rate.expand(len(step), -1), step[None, :, None].expand(1, -1, len(step))
-    y, _ = stepped(rates, steps, impulses[None], b[None], c[None], step.new_zeros(1, *rates.shape))
+    y, _ = scanned_by(steps, impulses, rates, b[None], c[None], step.new_zeros(1, *rates.shape))
     return y[0]
 
 

@@ -8,6 +8,8 @@ the FFT, over as many points as keep the end of the text out of its beginning.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from scipy.fft import next_fast_len
@@ -19,6 +21,8 @@ __all__ = ["ShortConvolution", "convolved", "latest"]
 
 # tokens up to which sums of products are cheaper than transforms
 FEW = 8
+# numbers that stay in the cache from one tap to the next
+CACHED = 1 << 18
 
 
 def convolved(
@@ -64,10 +68,11 @@ def latest(
     """The last inputs that are real, a copy, with zeros in front where there are fewer."""
     batch, _, channels = x.shape
     before = x.new_zeros(batch, count, channels) if past is None else past.to(x.dtype)
-    joined = torch.cat([before, x], 1)
     if bool(real.all()):
+        joined = torch.cat([before, x[:, max(0, x.shape[1] - count) :]], 1)
         more = max(0, count - joined.shape[1])
         return nn.functional.pad(joined[:, joined.shape[1] - count + more :], (0, 0, more, 0)).clone()
+    joined = torch.cat([before, x], 1)
     real = torch.cat([real.new_ones(batch, before.shape[1]), real], 1)
     places = torch.where(real, torch.arange(joined.shape[1], device=x.device), -1)
     index = places.topk(count, 1).values.flip(1)[..., None]
@@ -103,21 +108,53 @@ class ShortConvolution(nn.Module):
             past: The last inputs of the call before; None: there was none.
             opens: Which tokens open a text of their own, where several are packed.
         """
-        dtype, length, reach = exact(x), x.shape[1], self.weight.shape[1] - 1
+        dtype, reach = exact(x), self.weight.shape[1] - 1
         joined = torch.cat([x.new_zeros(x.shape[0], reach, x.shape[2]) if past is None else past.to(x.dtype), x], 1)
         weight, joined = self.weight.to(dtype), joined.to(dtype)
-        out = joined[:, reach:] * weight[:, -1]
         text = None if opens is None else nn.functional.pad(opens.cumsum(1), (reach, 0))
-        for back in range(1, reach + 1):
-            seen = joined[:, reach - back : reach - back + length]
-            if text is not None:
-                other = text[:, reach - back : reach - back + length] != text[:, reach:]
-                seen = seen.masked_fill(other[..., None], 0.0)
-            out = out + seen * weight[:, -1 - back]
+        out = Shifted.apply(joined, weight, text)
         if self.bias is not None:
-            out = out + self.bias
+            out.add_(self.bias)
         if text is not None:
             # of the last text alone
             real = real & (text[:, reach:] == text[:, -1:])
             past = None if past is None else past.masked_fill((text[:, :1] != text[:, -1:])[..., None], 0.0)
         return out, latest(x, real, past, reach)
+
+
+class Shifted(torch.autograd.Function):
+    """Sums of taps times shifted inputs, none of another text than the token's own.
+
+    The way back adds up in place, for so many tokens at a time as stay in the cache; autograd would make several
+    tensors of the whole text for each tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor, weight: Tensor, text: Tensor | None) -> Tensor:
+        ctx.save_for_backward(joined, weight, text)
+        reach = weight.shape[1] - 1
+        length = joined.shape[1] - reach
+        out = joined[:, reach:] * weight[:, -1]
+        for tap in reversed(range(reach)):
+            seen = joined[:, tap : tap + length]
+            if text is not None:
+                seen = seen.masked_fill((text[:, tap : tap + length] != text[:, reach:])[..., None], 0.0)
+            out.addcmul_(seen, weight[:, tap])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
+        joined, weight, text = ctx.saved_tensors
+        d_joined, d_weight, taps = torch.zeros_like(joined), torch.zeros_like(weight), weight.shape[1]
+        begin = 0
+        for part in d.split(max(1, CACHED // (d.shape[0] * d.shape[2])), 1):
+            end = begin + part.shape[1]
+            own = None if text is None else text[:, begin + taps - 1 : end + taps - 1]
+            for tap in range(taps):
+                at, got = slice(begin + tap, end + tap), part
+                if own is not None:
+                    got = part.masked_fill((text[:, at] != own)[..., None], 0.0)
+                d_joined[:, at].addcmul_(got, weight[:, tap])
+                d_weight[:, tap] += (got * joined[:, at]).sum((0, 1))
+            begin = end
+        return d_joined, d_weight, None

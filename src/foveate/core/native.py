@@ -1,6 +1,6 @@
-"""The native kernel: exact attention and its statistics in one pass, if a compiler was there to build it.
+"""The native kernels: exact attention and its statistics in one pass, and the selective scan, if a compiler was there.
 
-`available()` says whether it can be used. The library is plain C++ behind `ctypes`, which releases the GIL.
+`available()` says whether they can be used. The library is plain C++ behind `ctypes`, which releases the GIL.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.core.tiled import Ranges
 
-__all__ = ["ACTIVATIONS", "MAX_WIDTH", "NativeResult", "attend", "available", "derive"]
+__all__ = ["ACTIVATIONS", "MAX_WIDTH", "NativeResult", "attend", "available", "derive", "derive_selective", "selective"]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
-# in the order of kernels/tiles.hpp, behind softmax; the last two have no derivatives
-ACTIVATIONS = ("sigmoid", "relu", "softplus", "up_to", "excess")
-OF_ROWS = ACTIVATIONS[3:]
-# a multiple of what one register tile covers, whatever the processor
+# in the order of kernels/tiles.hpp, behind softmax
+ACTIVATIONS = ("sigmoid", "relu", "softplus")
+# behind these, those with a shift and a cut for each row, which have no derivatives
+OF_ROWS = ("up_to", "excess")
+# a multiple of what one register tile covers, whatever the processor; of kernels/selective.cpp a block of channels
 _PANEL = 64
+# tokens from one kept state to the next
+_STRETCH = 64
 
 
 def _fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -77,6 +80,16 @@ class _Back(ctypes.Structure):
     )
 
 
+class _Selective(ctypes.Structure):
+    """Mirrors `struct Selective` of kernels/selective.cpp."""
+
+    _fields_ = (
+        *_fields("batch time inner states stretch threads", c_int64),
+        *_fields("dt x rate b c first y last marks dy dlast", c_void_p),
+        *_fields("d_dt d_x d_rate d_b d_c d_first", c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class NativeResult:
     """What `attend` computed; None where it was not asked.
@@ -114,7 +127,11 @@ def _library() -> ctypes.CDLL | None:
     for name in _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("rows_generic",)):
         try:
             library = ctypes.CDLL(str(folder / f"{name}.so"))
-            sizes = ((library.foveate_call_size, _Call), (library.foveate_back_size, _Back))
+            sizes = (
+                (library.foveate_call_size, _Call),
+                (library.foveate_back_size, _Back),
+                (library.foveate_selective_size, _Selective),
+            )
             for size, _ in sizes:
                 size.restype = c_int64
             if all(size() == ctypes.sizeof(mirror) for size, mirror in sizes):
@@ -125,7 +142,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether a kernel for this processor was built."""
+    """Whether the kernels were built for this processor."""
     return _library() is not None
 
 
@@ -191,9 +208,10 @@ def attend(
         want_column: Ask for the mass that each key receives, summed over the queries.
         ranges: The stretches of keys that row blocks visit; by default all. Outputs and log-sum-exp only.
         want_top: Ask for the largest score of each row.
-        activation: Weights are this function of score + shift (see `ACTIVATIONS`), and nothing normalises them: outputs
-            are sums, and in the place of log-sum-exps stand the sums of the weights. Nothing else can be asked for.
-            "up_to" is exp, and 0 where that is above the row's cut; "excess" a power of how far exp is above it.
+        activation: Weights are this function of score + shift (`ACTIVATIONS` or `OF_ROWS`), and nothing normalises
+            them: outputs are sums, and in the place of log-sum-exps stand the sums of the weights. Nothing else can be
+            asked for. "up_to" is exp, and 0 where that is above the row's cut; "excess" a power of how far exp is above
+            it.
         shift: What is added to the scores under an activation; for "up_to" and "excess" [batch, heads, query].
         cut: [batch, heads, query], for these two.
         power: Of "excess".
@@ -201,9 +219,6 @@ def attend(
             parts are work of their own.
         threads: By default what torch uses.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError("the native kernel was not built for this machine: check available() first")
     (batch, heads, queries, width), groups, keys, values = _shapes(q, k, v)
     if index is not None:
         rows_there, keys = keys, index.shape[-1]
@@ -314,18 +329,17 @@ def attend(
         shift=0.0 if isinstance(shift, Tensor) else shift,
         piece=piece,
     )
-    pointers = {
+    _run(
+        "foveate_attend",
+        call,
+        f"attention over {queries} queries and {keys} keys",
         **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
         **{"tilt": tilt, "tilted": tilted, "index": index},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
         **{"row_shift": shift if isinstance(shift, Tensor) else None, "row_cut": cut},
         **{"out": out, "lse": lse, "top": top, "entropy": entropy, "distance": distance},
         **{"within_mass": within_mass, "match_mass": match_mass, "extra_mass": extra_mass, "column": column},
-    }
-    for name, tensor in pointers.items():
-        setattr(call, name, None if tensor is None else tensor.data_ptr())
-    if library.foveate_attend(ctypes.byref(call)):
-        raise MemoryError(f"out of memory in attention over {queries} queries and {keys} keys")
+    )
 
     if within_mass is not None and tuple(rings) != tuple(within):
         within_mass = within_mass[[rings.index(w) for w in within]]
@@ -378,9 +392,6 @@ def derive(
     Returns:
         The derivatives, in the shapes and dtypes of q, k and v.
     """
-    library = _library()
-    if library is None:
-        raise RuntimeError("the native kernel was not built for this machine: check available() first")
     (batch, heads, queries, width), groups, keys, values = _shapes(q, k, v)
     dtype = q.dtype
     q, k, v, dout = (_rows(x) for x in (q, k, v, dout))
@@ -407,18 +418,134 @@ def derive(
         scale=scale,
         shift=shift,
     )
-    pointers = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "shared": shared, "lo": lo, "hi": hi}
-    for name, tensor in (pointers | {"dq": dq, "dk": dk, "dv": dv}).items():
-        setattr(call, name, tensor.data_ptr())
-    if library.foveate_back(ctypes.byref(call)):
-        raise MemoryError(f"out of memory in derivatives of attention over {queries} queries and {keys} keys")
+    _run(
+        "foveate_back",
+        call,
+        f"derivatives of attention over {queries} queries and {keys} keys",
+        **{"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "shared": shared, "lo": lo, "hi": hi},
+        **{"dq": dq, "dk": dk, "dv": dv},
+    )
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def selective(
+    dt: Tensor,
+    x: Tensor,
+    rate: Tensor,
+    b: Tensor,
+    c: Tensor,
+    first: Tensor,
+    *,
+    keep: bool = False,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The selective scan, y = c . h of the states h = exp(dt rate) h before + dt x b; gradients are not followed.
+
+    All float32; the numbers do not depend on the count of threads.
+
+    Args:
+        dt: [batch, time, inner], not negative.
+        x: [batch, time, inner].
+        rate: [inner, states], not positive.
+        b: [batch, time, states].
+        c: [batch, time, states].
+        first: The states before the first token, [batch, inner, states].
+        keep: Ask for what `derive_selective` needs.
+        threads: By default what torch uses.
+
+    Returns:
+        The outputs, [batch, time, inner], the last states, and states here and there for the way back, or None.
+    """
+    call, inputs = _selective(dt, x, rate, b, c, first, threads=threads)
+    y, last = dt.new_empty(dt.shape), dt.new_empty(first.shape)
+    stretches, channels = -(-call.time // _STRETCH), -(-call.inner // _PANEL) * _PANEL
+    marks = dt.new_empty(call.batch, stretches, channels * call.states) if keep else None
+    _run(
+        "foveate_selective",
+        call,
+        f"a selective scan of {call.time} tokens",
+        **inputs,
+        **{"y": y, "last": last, "marks": marks},
+    )
+    return y, last, marks
+
+
+def derive_selective(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    marks: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+    *,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of `selective` with respect to its inputs.
+
+    Args:
+        inputs: What it was called with.
+        marks: What it kept.
+        dy: Derivative of the outputs, [batch, time, inner].
+        dlast: Derivative of the last states, [batch, inner, states].
+        threads: By default what torch uses.
+
+    Returns:
+        The derivatives, in the order and the shapes of the inputs.
+    """
+    call, given = _selective(*inputs, threads=threads)
+    found = {f"d_{name}": torch.empty_like(t) for name, t in given.items()}
+    found["d_rate"] = torch.empty_like(found["d_first"])
+    _run(
+        "foveate_selective_back",
+        call,
+        f"derivatives of a selective scan of {call.time} tokens",
+        **given,
+        **{"marks": marks, "dy": _floats(dy), "dlast": _floats(dlast)},
+        **found,
+    )
+    # those of the rates come by batch entries
+    found["d_rate"] = found["d_rate"].sum(0)
+    d_dt, d_x, d_rate, d_b, d_c, d_first = found.values()
+    return d_dt, d_x, d_rate, d_b, d_c, d_first
+
+
+def _selective(
+    dt: Tensor, x: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, *, threads: int | None
+) -> tuple[_Selective, dict[str, Tensor]]:
+    """A call without its pointers, and its inputs by their names, contiguous."""
+    if dt.ndim != 3 or rate.ndim != 2:
+        raise ValueError(f"dt must have 3 dimensions and rate 2, got {dt.ndim} and {rate.ndim}")
+    (batch, time, inner), states = dt.shape, rate.shape[1]
+    tokens, read, state = (batch, time, inner), (batch, time, states), (batch, inner, states)
+    inputs = {"dt": dt, "x": x, "rate": rate, "b": b, "c": c, "first": first}
+    for (name, t), shape in zip(inputs.items(), (tokens, tokens, (inner, states), read, read, state), strict=True):
+        if t.shape != shape or t.dtype != torch.float32 or t.device.type != "cpu":
+            got = f"{t.dtype} {tuple(t.shape)} on {t.device}".replace("torch.", "")
+            raise ValueError(f"{name} must be float32 {shape} on the CPU, got {got}")
+    call = _Selective(
+        batch=batch,
+        time=time,
+        inner=inner,
+        states=states,
+        stretch=_STRETCH,
+        threads=threads or torch.get_num_threads(),
+    )
+    return call, {name: _floats(t) for name, t in inputs.items()}
+
+
+def _run(name: str, call: ctypes.Structure, doing: str, /, **tensors: Tensor | None) -> None:
+    """Points a call at its tensors, by the names of its fields, and runs it; `doing` is for the error."""
+    library = _library()
+    if library is None:
+        raise RuntimeError("the native kernels were not built for this machine: check available() first")
+    for field, tensor in tensors.items():
+        setattr(call, field, None if tensor is None else tensor.data_ptr())
+    if getattr(library, name)(ctypes.byref(call)):
+        raise MemoryError(f"out of memory in {doing}")
 
 
 def _activation(name: str | None, derived: bool = False) -> int:
     if derived and name in OF_ROWS:
         raise ValueError(f"{name} has no derivatives")
-    return 0 if name is None else 1 + ACTIVATIONS.index(name)
+    return 0 if name is None else 1 + (*ACTIVATIONS, *OF_ROWS).index(name)
 
 
 def _visited(ranges: Ranges | None, batch: int, heads: int, queries: int) -> _Ranges:

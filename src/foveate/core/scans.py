@@ -4,12 +4,16 @@ A text is cut into parts that are stepped through side by side, then the state g
 twice the root of the length. Backward is the same scan from the last token to the first, with g_t the gradient of h_t:
 
     g_t = d_t + a_{t+1} g_{t+1},    d a_t = g_t h_{t-1},    d x_t = g_t
+
+The selective scan, whose factors and states are many times its inputs, is a kernel on the CPU, and elsewhere this scan
+for one stretch of the text after the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["by_stretches", "scan"]
+from foveate.core import native
+
+__all__ = ["by_stretches", "scan", "selective"]
 
 # numbers per token above which a step is long enough to go through the text in one part
 WIDE = 1 << 12
@@ -123,3 +129,69 @@ def by_stretches(
             out, state = step(*part, state)
         outs.append(out)
     return torch.cat(outs, 1), state
+
+
+# ---------------------------------------------------------------- the selective scan
+
+
+def selective(
+    dt: Float[Tensor, "batch time inner"],
+    x: Float[Tensor, "batch time inner"],
+    rate: Float[Tensor, "inner states"],
+    b: Float[Tensor, "batch time states"],
+    c: Float[Tensor, "batch time states"],
+    first: Float[Tensor, "batch inner states"],
+) -> tuple[Float[Tensor, "batch time inner"], Float[Tensor, "batch inner states"]]:
+    """y_t = c_t . h_t of the states h_t = exp(dt_t rate) h_{t-1} + dt_t x_t b_t, and the last of them.
+
+    All of one dtype. Differentiable, twice not. float32 on the CPU is the kernel's, where it was built.
+
+    Args:
+        dt: Steps, not negative; one of 0 leaves the states as they are.
+        x: What is taken in.
+        rate: Rates of forgetting per channel and state, not positive.
+        b: How it is taken in, the same for all channels.
+        c: How the states are read, the same for all channels.
+        first: h before the first token.
+    """
+    inputs = (dt, x, rate, b, c, first)
+    if not by_kernel(*inputs):
+        return by_stretches(partial(stretched, rate), (dt, dt * x, b, c), first)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return Selected.apply(*inputs)
+    y, last, _ = native.selective(*inputs)
+    return y, last
+
+
+def by_kernel(*inputs: Tensor) -> bool:
+    """Whether the CPU kernel can do it."""
+    return native.available() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in inputs)
+
+
+class Selected(torch.autograd.Function):
+    """The selective scan by the kernel, which keeps the states of every so many tokens for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        y, last, marks = native.selective(*inputs, keep=True)
+        ctx.save_for_backward(*inputs, marks)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+        *inputs, marks = ctx.saved_tensors
+        return native.derive_selective(tuple(inputs), marks, dy, dlast)
+
+
+def stretched(
+    rate: Float[Tensor, "inner states"],
+    dt: Float[Tensor, "batch time inner"],
+    taken: Float[Tensor, "batch time inner"],
+    b: Float[Tensor, "batch time states"],
+    c: Float[Tensor, "batch time states"],
+    first: Float[Tensor, "batch inner states"],
+) -> tuple[Float[Tensor, "batch time inner"], Float[Tensor, "batch inner states"]]:
+    """The selective scan of one stretch, with inputs times their steps."""
+    h = scan((dt[..., None] * rate).exp(), taken[..., None] * b[:, :, None], first)
+    return (h @ c[..., None])[..., 0], h[:, -1].clone()

@@ -8,11 +8,10 @@ per channel, with N states that D_t, B_t and C_t, made from the token, serve in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.core.card import Card, Needs
@@ -20,9 +19,12 @@ from foveate.core.convolve import ShortConvolution
 from foveate.core.mixer import Mixer, State, Tokens
 from foveate.core.params import bounded
 from foveate.core.rule import Sizes
-from foveate.core.scans import by_stretches, scan
+from foveate.core.scans import selective
 
 __all__ = ["SelectiveStateSpace"]
+
+# inner channels times tokens that are worked on at once
+STRETCH = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class SelectiveStateSpace(Mixer):
         ),
         use="for long texts in linear time and a state of fixed size, with forgetting that the tokens decide",
         misleads="32 numbers per channel of the layer do not hold many pairs to be recalled to the letter; its speed "
-        "here says nothing of fused kernels; its heads are not those of attention, so a loaded model is to be trained",
+        "on a CPU says nothing of that on a GPU; its heads are not those of attention: a loaded model is to be trained",
     )
     test_params: ClassVar = ({}, {"states": 3, "expand": 1, "convolution": 1})
 
@@ -105,29 +107,28 @@ class Selected(nn.Module):
             self.dt_proj.bias.copy_(step.expm1().log())
 
     def forward(self, tokens: Tokens, state: State | None) -> tuple[Float[Tensor, "batch query width"], State]:
-        before, gap = state or {}, ~tokens.real[..., None]
-        x, z = self.in_proj(tokens.x).chunk(2, -1)
-        x, inputs = self.convolution(x, tokens.real, before.get("inputs"))
-        x = nn.functional.silu(x).masked_fill(gap, 0.0)
+        state = state or {}
+        # memory that is new to the process costs more than the work on it: stretches are made in that of those before
+        size, outs = max(1, STRETCH // max(1, len(tokens.x) * len(self.skip))), []
+        for x, real in zip(tokens.x.split(size, 1), tokens.real.split(size, 1), strict=True):
+            out, state = self.stretch(x, real, state)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    def stretch(
+        self, u: Float[Tensor, "batch time width"], real: Bool[Tensor, "batch time"], before: State
+    ) -> tuple[Float[Tensor, "batch time width"], State]:
+        """The outputs for tokens that stand behind each other, and the state behind them."""
+        gap = ~real[..., None]
+        x, z = self.in_proj(u).chunk(2, -1)
+        x, inputs = self.convolution(x, real, before.get("inputs"))
+        x = nn.functional.silu(x).masked_fill_(gap, 0.0)
         low, b, c = self.x_proj(x.to(z.dtype)).split(self.split, -1)
-        dt, bias = nn.functional.linear(low, self.dt_proj.weight), self.dt_proj.bias
         # steps of a thousandth are lost in half precision; at padding there is no step
-        dt = nn.functional.softplus(dt.to(x.dtype) + bias).masked_fill(gap, 0.0)
+        dt = nn.functional.linear(low, self.dt_proj.weight).to(x.dtype).add_(self.dt_proj.bias)
+        dt = nn.functional.softplus(dt).masked_fill_(gap, 0.0)
         rate = -self.log_rate.to(x.dtype).exp()
         held = before.get("state", x.new_zeros(x.shape[0], *rate.shape))
-        y, held = by_stretches(partial(stepped, rate), (dt, dt * x, b.to(x.dtype), c.to(x.dtype)), held)
-        y = y + self.skip * x
-        return self.out_proj((y * nn.functional.silu(z)).to(z.dtype)), {"state": held, "inputs": inputs}
-
-
-def stepped(
-    rate: Float[Tensor, "inner states"],
-    dt: Float[Tensor, "batch time inner"],
-    x: Float[Tensor, "batch time inner"],
-    b: Float[Tensor, "batch time states"],
-    c: Float[Tensor, "batch time states"],
-    held: Float[Tensor, "batch inner states"],
-) -> tuple[Float[Tensor, "batch time inner"], Float[Tensor, "batch inner states"]]:
-    """C . h for one stretch of tokens, x times the steps, and the state behind it."""
-    h = scan((dt[..., None] * rate).exp(), x[..., None] * b[:, :, None], held)
-    return (h @ c[..., None])[..., 0], h[:, -1].clone()
+        y, held = selective(dt, x, rate, b.to(x.dtype), c.to(x.dtype), held)
+        y = y.addcmul_(self.skip, x) * nn.functional.silu(z)
+        return self.out_proj(y.to(z.dtype)), {"state": held, "inputs": inputs}
