@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu, softplus
+from torch.nn.functional import gelu, rms_norm, silu, softplus
 from transformers import DynamicCache
 
 import foveate
@@ -378,9 +378,29 @@ def test_h3_is_its_recurrence(options: dict[str, int]) -> None:
             torch.testing.assert_close(attention(x)[b, t], own.o_proj(out), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("options", [{}, {"head_dim": 4, "modes": 3}])
 @torch.no_grad()
-def test_the_state_of_h3_goes_on_from_stretch_to_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, x = module(H3(head_dim=4, taps=3)), texts()
+def test_h3_without_gates_is_a_diagonal_state_space(options: dict[str, int]) -> None:
+    rule, x = H3(gated=False, **options), texts()
+    attention = module(rule)
+    own = attention.rule.learned
+    A = torch.complex(-own.log_rate.exp(), own.speed)
+    B, C = (torch.complex(t[..., 0], t[..., 1]) for t in (own.read_in, own.read_out))
+    decay = torch.exp(own.log_step.exp()[:, None] * A)
+    # one row for each channel
+    decay, into, out_of = (t.repeat_interleave(rule.head_dim, 0) for t in (decay, B * (decay - 1) / A, C))
+    skip, v = own.skip.repeat_interleave(rule.head_dim), own.v_proj(x)
+    S = torch.zeros(2, WIDTH, rule.modes, dtype=torch.complex128)
+    for t in range(LENGTH):
+        S = decay * S + into * v[:, t, :, None]
+        y = skip * v[:, t] + 2 * (out_of * S).sum(2).real
+        torch.testing.assert_close(attention(x)[:, t], own.o_proj(gelu(y)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@torch.no_grad()
+def test_the_state_of_h3_goes_on_from_stretch_to_stretch(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, x = module(H3(head_dim=4, taps=3, gated=gated)), texts()
     monkeypatch.setattr(foveate.replace.state_space.h3, "STRETCH", 2)
     cache = DynamicCache()
     parts = [attention(part, cache=cache) for part in x.split([3, 5, 1], 1)]
@@ -402,6 +422,7 @@ def test_padding_behind_does_not_wear_out_the_state_of_h3() -> None:
 def test_what_h3_keeps() -> None:
     assert kept(H3()) == WIDTH * (2 * 32 + 63)
     assert kept(H3(head_dim=4, modes=3, taps=1)) == WIDTH * 4 * 2 * 3
+    assert kept(H3(head_dim=4, modes=3, gated=False)) == WIDTH * 2 * 3
 
 
 def test_heads_of_h3_divide_the_width() -> None:

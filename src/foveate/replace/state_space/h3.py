@@ -17,7 +17,7 @@ from foveate.core.card import Card, Needs
 from foveate.core.convolve import convolved, latest
 from foveate.core.errors import BadInput
 from foveate.core.mixer import Mixer, State, Tokens
-from foveate.core.params import bounded
+from foveate.core.params import bounded, choice
 from foveate.core.rule import Sizes
 from foveate.core.states import exact
 
@@ -39,6 +39,10 @@ class H3(Mixer):
     mode m, s = exp(r) one per head; all are learned, with b, c, e and f. The convolutions run through the FFT; from
     call to call the diagonal state space is a state, exp(s A) S_{t-1} + B (exp(s A) - 1) / A k'_t v_t^T.
 
+    Without gates the diagonal state space is all there is, the layer of S4D, which the paper compares with:
+
+        y_t = \sum_{l >= 0} g_l v_{t-l} + f v_t,    out = W_o gelu(concat_h(y))
+
     Example:
         What it keeps of a text does not grow with it: 32 complex numbers and 63 past keys per channel.
 
@@ -52,14 +56,18 @@ class H3(Mixer):
         True
 
     Args:
-        head_dim: Width of its own heads, which divides that of the layer. The state is this many times as large.
-        modes: Complex numbers that the diagonal state space keeps for each pair of channels in a head.
+        head_dim: Width of its own heads, which divides that of the layer. With gates, the state is this many times as
+            large.
+        modes: Complex numbers that the diagonal state space keeps for each pair of channels in a head; without gates,
+            for each channel.
         taps: Tokens that the shift state space reaches over.
+        gated: Whether there are keys and queries, and so the shift state space and both products.
     """
 
     head_dim: int = bounded(1, 1, 1024, grid=(1, 8))
     modes: int = bounded(32, 1, 1024)
     taps: int = bounded(64, 1, 4096)
+    gated: bool = choice(True, True, False)
 
     full: ClassVar[bool] = False
 
@@ -72,13 +80,18 @@ class H3(Mixer):
         differs=(
             "the diagonal state space is made discrete by zero-order hold, where the code has the bilinear rule by "
             "default: they agree to second order in the step, and this one has no pole; widths of heads are as in "
-            "their code, whose default is 1"
+            "their code, whose default is 1; without gates the state space reads values, S4D the input of the layer"
         ),
         use="for cheap recall of what came with or after a token, in linear time, next to a few layers of attention",
         misleads="what is forgotten does not depend on the text; published results are of hybrids with attention; it "
         "has projections of its own, so a loaded model is to be trained",
     )
-    test_params: ClassVar = ({}, {"head_dim": 8, "modes": 3, "taps": 5})
+    test_params: ClassVar = (
+        {},
+        {"head_dim": 8, "modes": 3, "taps": 5},
+        {"gated": False},
+        {"head_dim": 4, "modes": 3, "gated": False},
+    )
 
     def module(self, sizes: Sizes) -> nn.Module:
         if sizes.width % self.head_dim:
@@ -98,11 +111,14 @@ class Hippos(nn.Module):
 
     def __init__(self, of: H3, width: int) -> None:
         super().__init__()
-        self.dim, heads = of.head_dim, width // of.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
-        self.shift_in = nn.Parameter(nn.functional.pad(torch.ones(width, 1), (0, of.taps - 1)))
-        self.shift_out = nn.Parameter(torch.empty(width, of.taps).uniform_(-1, 1) * of.taps**-0.5)
-        self.shift_skip = nn.Parameter(torch.randn(width))
+        self.dim, self.gated, heads = of.head_dim, of.gated, width // of.head_dim
+        if of.gated:
+            self.q_proj, self.k_proj = (nn.Linear(width, width) for _ in range(2))
+        self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(2))
+        if of.gated:
+            self.shift_in = nn.Parameter(nn.functional.pad(torch.ones(width, 1), (0, of.taps - 1)))
+            self.shift_out = nn.Parameter(torch.empty(width, of.taps).uniform_(-1, 1) * of.taps**-0.5)
+            self.shift_skip = nn.Parameter(torch.randn(width))
         # complex numbers are pairs of real ones, which can be of any precision
         self.log_rate = nn.Parameter(torch.full((heads, of.modes), math.log(0.5)))
         self.speed = nn.Parameter((math.pi * torch.arange(of.modes)).repeat(heads, 1))
@@ -113,17 +129,18 @@ class Hippos(nn.Module):
 
     def forward(self, tokens: Tokens, state: State | None) -> tuple[Float[Tensor, "batch query width"], State]:
         before, after, real = state or {}, dict[str, Tensor](), tokens.real
-        dtype = exact(tokens.x)
-        q, k, v = (
-            layer(tokens.x).to(dtype).masked_fill(~real[..., None], 0.0)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        past, shift = before.get("keys"), self.shift_kernel(dtype)
-        if state is not None:
-            after["keys"] = latest(k, real, past, shift.shape[1] - 1)
-        k = convolved(k, shift, past) + self.shift_skip * k
+        v = self.projected(self.v_proj, tokens).unflatten(2, (-1, self.dim))
+        dtype = v.dtype
+        # without gates, one key that is 1 writes values and reads them as they are
+        q = k = torch.ones_like(v[..., :1])
+        if self.gated:
+            q, k = (self.projected(layer, tokens) for layer in (self.q_proj, self.k_proj))
+            past, shift = before.get("keys"), self.shift_kernel(dtype)
+            if state is not None:
+                after["keys"] = latest(k, real, past, shift.shape[1] - 1)
+            k = convolved(k, shift, past) + self.shift_skip * k
+            q, k = (t.unflatten(2, (-1, self.dim)) for t in (q, k))
         # per head: every channel of a key with every one of a value
-        q, k, v = (t.unflatten(2, (-1, self.dim)) for t in (q, k, v))
         pairs = k[..., None] * v[..., None, :]
         y = convolved(pairs.flatten(2), self.kernel(real.shape[1], dtype)).view_as(pairs)
         y = y + self.skip.to(dtype)[:, None, None] * pairs
@@ -132,7 +149,13 @@ class Hippos(nn.Module):
             held = torch.view_as_complex(before["state"]) if before else None
             earlier, left = self.carried(q, pairs, real, held)
             out, after["state"] = out + earlier, torch.view_as_real(left).contiguous()
-        return self.o_proj(out.flatten(2).to(tokens.x.dtype)), after
+        out = out.flatten(2) if self.gated else nn.functional.gelu(out.flatten(2))
+        return self.o_proj(out.to(tokens.x.dtype)), after
+
+    def projected(self, layer: nn.Module, tokens: Tokens) -> Float[Tensor, "batch time width"]:
+        """A projection of the input, 0 at padding."""
+        x = layer(tokens.x)
+        return x.to(exact(x)).masked_fill(~tokens.real[..., None], 0.0)
 
     def shift_kernel(self, dtype: torch.dtype) -> Float[Tensor, "width taps"]:
         """The kernel h of the shift state space."""
@@ -157,11 +180,11 @@ class Hippos(nn.Module):
 
     def carried(
         self,
-        q: Float[Tensor, "batch time heads dim"],
-        pairs: Float[Tensor, "batch time heads dim dim"],
+        q: Float[Tensor, "batch time heads key"],
+        pairs: Float[Tensor, "batch time heads key value"],
         real: Bool[Tensor, "batch time"],
         held: Complex[Tensor, "batch heads modes inner"] | None,
-    ) -> tuple[Float[Tensor, "batch time heads dim"], Complex[Tensor, "batch heads modes inner"]]:
+    ) -> tuple[Float[Tensor, "batch time heads value"], Complex[Tensor, "batch heads modes inner"]]:
         """What queries read of the state of earlier calls, and the state behind these tokens."""
         logs, into, out_of = self.diagonal(q.dtype)
         # one row for all texts where they are alike
@@ -172,7 +195,7 @@ class Hippos(nn.Module):
             seen = alike[:, part].cumsum(1)
             faded = powers(logs, seen)
             if held is None:
-                outs.append(torch.zeros_like(q[:, part]))
+                outs.append(torch.zeros_like(pairs[:, part, :, 0]))
             else:
                 y = 2 * ((faded * out_of[..., None]).transpose(2, 3) @ held).real
                 y = y.unflatten(3, (q.shape[3], -1)).transpose(1, 2)
