@@ -18,11 +18,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foveate.core.recurrence import Recurrence
 from foveate.core.states import run as scanned
 from foveate.nn import Attention
 from foveate.training.experiment import label
 from foveate.training.loop import Training, settled
-from foveate.training.model import Decoder, looked
+from foveate.training.model import Decoder
 from foveate.training.run import Optimisation, Run, Size
 
 LENGTH, WINDOWS = 64, 32
@@ -100,9 +101,8 @@ def rows(
     attention: Attention, x: Float[Tensor, "batch time width"], bare: bool
 ) -> Float[Tensor, "batch heads row time"]:
     """What each output of a layer takes of each value."""
-    seen = looked(attention, x)
-    if seen is not None:
-        return seen[0]
+    if attention.rule is None or not isinstance(attention.rule.operator, Recurrence):
+        return attention.weights(x)
     heads = attention.heads(x)
     if bare:
         return (heads.q.sigmoid() @ heads.every_head(heads.k).sigmoid().mT).tril()
