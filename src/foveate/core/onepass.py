@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from foveate.core.reductions import ColumnMass, Distance, KeyBins, Match, OnKeys
 if TYPE_CHECKING:
     from foveate.core.rows import View
 
-__all__ = ["refuses", "rows"]
+__all__ = ["given", "refuses", "rows"]
 
 KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, KeyBins, ColumnMass)
 
@@ -40,6 +40,19 @@ def refuses(view: View, reductions: Sequence[Reduction]) -> str:
     return ""
 
 
+def given(view: View) -> dict[str, Any]:
+    """What the kernel is told of a call, but for which keys each row sees, and learned sinks."""
+    mask, tilt = view.mask, view.tilt
+    return {
+        "scale": view.scale,
+        "query_position": mask.position.to(torch.int32)[None].contiguous(),
+        "key_position": torch.arange(mask.keys, dtype=torch.int32)[None],
+        "softcap": view.softcap,
+        "tilt": None if tilt is None else tilt.bias,
+        "tilted": None if tilt is None else tilt.rows,
+    }
+
+
 def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Reduction, Tensor]]:
     """Head outputs, and all reductions, in one pass."""
     mask = view.mask
@@ -52,14 +65,9 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
         view.q,
         view.k,
         view.v,
-        scale=view.scale,
         hi=mask.high.contiguous(),
-        query_position=mask.position.to(torch.int32)[None].contiguous(),
-        key_position=torch.arange(mask.keys, dtype=torch.int32)[None],
-        softcap=view.softcap,
         sinks=view.sinks,
-        tilt=None if view.tilt is None else view.tilt.bias,
-        tilted=None if view.tilt is None else view.tilt.rows,
+        **given(view),
     )
     # what padded queries look at is no part of anybody's text: the columns must not hold it
     real = mask.valid if ColumnMass in kinds and mask.valid is not None and not bool(mask.valid.all()) else None

@@ -126,16 +126,13 @@ class Passes:
 
     def run(self, low: Bound | None, high: Bound | None, **more: Any) -> native.NativeResult:
         """One pass over a part of the keys."""
-        view, mask = self.view, self.view.mask
+        mask, (q, k, v) = self.view.mask, self.wide
         return native.attend(
-            *self.wide,
-            scale=view.scale,
+            q,
+            k,
+            v,
             lo=(mask.low if low is None else torch.maximum(mask.low, low)).contiguous(),
             hi=(mask.high if high is None else torch.minimum(mask.high, high)).contiguous(),
-            query_position=mask.position.to(torch.int32)[None].contiguous(),
-            key_position=torch.arange(mask.keys, dtype=torch.int32)[None],
-            softcap=view.softcap,
-            tilt=None if view.tilt is None else view.tilt.bias,
-            tilted=None if view.tilt is None else view.tilt.rows,
+            **onepass.given(self.view),
             **more,
         )

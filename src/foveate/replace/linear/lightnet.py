@@ -116,13 +116,15 @@ class Lightnet(Recurrence):
         gap = ~tokens.real[:, None, :, None]
         k = heads.k.to(wide).masked_fill(gap, NOTHING)
         start = before["total"][:, :, None] if before else torch.full_like(k[:, :, :1], NOTHING)
-        top = k.detach().amax(2, keepdim=True).maximum(start)
-        lowest = k.detach().masked_fill(gap, torch.inf).amin(2, keepdim=True).maximum(start)
+        top = None
+        if tokens.causal and tokens.opens is None:
+            highest, lowest = k.detach().amax(2, True), k.detach().masked_fill(gap, torch.inf).amin(2, True)
+            top = highest.maximum(start)
+            top = top if bool((top - lowest.maximum(start) <= SPAN).all()) else None
         angle = self.angle(heads)
         groups = heads.q.shape[1] // k.shape[1]
         q, decay = turned(silu(heads.q.to(wide)), angle.repeat_interleave(groups, 1)), None
-        flat = tokens.causal and tokens.opens is None and bool((top - lowest <= SPAN).all())
-        if flat:
+        if top is not None:
             share = (k - top).exp()
             sums = (start - top).exp() + share.cumsum(2)
             total = top[:, :, 0] + sums[:, :, -1].log()
@@ -142,7 +144,7 @@ class Lightnet(Recurrence):
             opens=tokens.opens,
             causal=tokens.causal,
         )
-        return scan, total, top[:, :, 0] if flat else None
+        return scan, total, None if top is None else top[:, :, 0]
 
     def angle(self, heads: Heads) -> Float[Tensor, "batch kv_heads time dim"]:
         """n_i theta of each channel."""
