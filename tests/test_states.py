@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate.core import states
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.states import Scan, chunk_for, run, weights
 
@@ -82,14 +83,20 @@ CASES = [
 
 
 @pytest.mark.parametrize(("length", "decay", "delta", "groups", "padded", "packed"), CASES)
-def test_forms_and_gradients_are_those_of_the_definition(length, decay, delta, groups, padded, packed):
+def test_forms_and_gradients_are_those_of_the_definition(length, decay, delta, groups, padded, packed, monkeypatch):
     scan = call(length, decay, delta, groups, padded, packed)
     state = random(2, 2, KEY, VALUE, seed=5)
     leaves = [t.requires_grad_() for t in (scan.q, scan.k, scan.v, scan.decay, scan.beta, state) if t is not None]
     want, left = defined(scan, state)
     weigh = random(*want.shape, seed=6), random(*left.shape, seed=9)
     grads = torch.autograd.grad((want * weigh[0]).sum() + (left * weigh[1]).sum(), leaves, allow_unused=True)
-    for form, chunk in (("chunked", 0), ("chunked", 8), ("chunked", 64), ("recurrent", 0), ("quadratic", 0)):
+    together = states.BLOCK_NUMBERS
+    # 1: every chunk of every text by itself
+    for form, chunk, numbers in (
+        *(("chunked", 0, together), ("chunked", 8, together), ("chunked", 8, 1), ("chunked", 64, together)),
+        *(("recurrent", 0, together), ("quadratic", 0, together)),
+    ):
+        monkeypatch.setattr(states, "BLOCK_NUMBERS", numbers)
         out, last = run(scan, state, form, chunk)
         torch.testing.assert_close(out, want, msg=lambda m, form=form: f"{form}: {m}")
         torch.testing.assert_close(last, left)

@@ -304,26 +304,37 @@ def chunked(scan: Scan, state: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
     return Chunked.apply(scan.q, scan.k, scan.v, scan.decay, scan.beta, state, size)
 
 
-def stretches(length: int, size: int, numbers: int) -> list[tuple[int, int]]:
-    """Ranges of tokens that are computed at once; all but the last are whole chunks."""
-    step = max(1, BLOCK_NUMBERS // (numbers * size)) * size
-    return [(a, min(length, a + step)) for a in range(0, length, step)]
+def stretches(batch: int, length: int, size: int, numbers: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Texts, and the ranges of their tokens, that are computed at once; all ranges but the last are whole chunks.
+
+    Args:
+        batch: Texts.
+        length: Tokens of each.
+        size: Tokens of a chunk.
+        numbers: What the largest tensor holds for one token of one text.
+    """
+    texts = min(batch, max(1, BLOCK_NUMBERS // (numbers * size)))
+    step = max(1, BLOCK_NUMBERS // (texts * numbers * size)) * size
+    ranges = [(a, min(length, a + step)) for a in range(0, length, step)]
+    return [(slice(n, min(batch, n + texts)), ranges) for n in range(0, batch, texts)]
 
 
-def block_at(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], a: int, b: int, size: int) -> Block:
-    """One stretch of tokens in chunks, the last one filled up."""
+def block_at(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], texts: slice, a: int, b: int, size: int
+) -> Block:
+    """One stretch of some texts in chunks, the last one filled up."""
     q, k, v, decay, beta = tensors
     short = -(b - a) % size
 
     def cut(x: Tensor) -> Tensor:
-        x = filled(x[:, :, a:b], short)
+        x = filled(x[texts, :, a:b], short)
         return x.reshape(-1, x.shape[2] // size, size, *x.shape[3:])
 
     if decay is not None:
         decay = decay.expand(k.shape[0], -1, -1, -1)
         if decay.shape[2] == 1:
             # constant: one chunk's decays are every chunk's, but for what stands behind the text
-            decay = filled(decay.expand(-1, -1, b - a if short else size, -1), short)
+            decay = filled(decay[texts].expand(-1, -1, b - a if short else size, -1), short)
             decay = decay.reshape(-1, decay.shape[2] // size, size, decay.shape[3])
         else:
             decay = cut(decay)
@@ -353,50 +364,58 @@ class Chunked(torch.autograd.Function):
         batch, kv_heads, length, dim = k.shape
         groups = q.shape[1] // kv_heads
         out = v.new_empty(batch, kv_heads, length, groups, v.shape[3])
-        numbers = batch * kv_heads * max(size * groups, dim, v.shape[3])
-        ctx.parts, ctx.size = stretches(length, size, numbers), size
-        first, states = state.flatten(0, 1), []
-        for a, b in ctx.parts:
-            states.append(first)
-            got, first = block_at((q, k, v, decay, beta), a, b, size).forward(first)
-            out[:, :, a:b] = got.view(batch, kv_heads, -1, groups, v.shape[3])[:, :, : b - a]
+        numbers = kv_heads * max(size * groups, dim, v.shape[3])
+        ctx.parts, ctx.size = stretches(batch, length, size, numbers), size
+        last, states = torch.empty_like(state), []
+        for texts, ranges in ctx.parts:
+            first = state[texts].flatten(0, 1)
+            for a, b in ranges:
+                states.append(first)
+                got, first = block_at((q, k, v, decay, beta), texts, a, b, size).forward(first)
+                out[texts, :, a:b] = got.view(-1, kv_heads, got.shape[1] * size, groups, v.shape[3])[:, :, : b - a]
+            last[texts] = first.view_as(last[texts])
         ctx.save_for_backward(q, k, v, decay, beta, *states)
-        return ungrouped(out), first.view_as(state)
+        return ungrouped(out), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, beta, *states = ctx.saved_tensors
-        batch, kv_heads = k.shape[:2]
-        d_out, d_state = grouped(d_out, kv_heads), d_last.flatten(0, 1)
+        kv_heads = k.shape[1]
+        d_out, d_state = grouped(d_out, kv_heads), torch.empty_like(d_last)
         d_q = torch.empty_like(q).unflatten(1, (kv_heads, -1)).transpose(2, 3)
         d_k, d_v = torch.empty_like(k), torch.empty_like(v)
         d_decay = None if decay is None else torch.zeros_like(decay)
         d_beta = None if beta is None else torch.empty_like(beta)
-        for (a, b), first in zip(reversed(ctx.parts), reversed(states), strict=True):
-            block = block_at((q, k, v, decay, beta), a, b, ctx.size)
-            d = filled(d_out[:, :, a:b], -(b - a) % ctx.size)
-            got = block.backward(first, d.reshape(*block.q.shape[:4], -1), d_state)
-            d_state = got.state
+        for texts, ranges in reversed(ctx.parts):
+            d_later = d_last[texts].flatten(0, 1)
+            # texts may share their decays
+            own = texts if decay is not None and decay.shape[0] > 1 else slice(None)
+            for a, b in reversed(ranges):
+                block = block_at((q, k, v, decay, beta), texts, a, b, ctx.size)
+                d = filled(d_out[texts, :, a:b], -(b - a) % ctx.size)
+                got = block.backward(states.pop(), d.reshape(*block.q.shape[:4], -1), d_later)
+                d_later = got.state
 
-            def cut(x: Tensor, n: int = b - a) -> Tensor:
-                return x.reshape(batch, kv_heads, -1, *x.shape[3:])[:, :, :n]
+                def cut(x: Tensor, n: int = b - a) -> Tensor:
+                    return x.reshape(-1, kv_heads, x.shape[1] * x.shape[2], *x.shape[3:])[:, :, :n]
 
-            d_q[:, :, a:b], d_k[:, :, a:b], d_v[:, :, a:b] = cut(got.q), cut(got.k), cut(got.v)
-            if d_beta is not None and got.beta is not None:
-                d_beta[:, :, a:b] = cut(got.beta)[..., 0]
-            if d_decay is not None and got.decay is not None:
-                part = cut(got.decay)
-                if decay.shape[3] == 1:
-                    part = part.sum(-1, keepdim=True)
-                if decay.shape[2] == 1 and k.shape[2] > 1:
-                    d_decay += part.sum(2, keepdim=True).sum_to_size(decay.shape)
-                else:
-                    d_decay[:, :, a:b] = part.sum_to_size(*decay.shape[:2], b - a, decay.shape[3])
+                at = (texts, slice(None), slice(a, b))
+                d_q[at], d_k[at], d_v[at] = cut(got.q), cut(got.k), cut(got.v)
+                if d_beta is not None and got.beta is not None:
+                    d_beta[at] = cut(got.beta)[..., 0]
+                if d_decay is not None and got.decay is not None:
+                    part = cut(got.decay)
+                    if decay.shape[2] == 1 and k.shape[2] > 1:
+                        part, to = part.sum(2, keepdim=True), d_decay[own]
+                    else:
+                        to = d_decay[own, :, a:b]
+                    to += part.sum_to_size(to.shape)
+            d_state[texts] = d_later.view_as(d_state[texts])
         if d_decay is not None:
             # what has decayed to nothing depends on nothing
             d_decay.masked_fill_(decay < ZERO / 2, 0.0)
-        return ungrouped(d_q), d_k, d_v, d_decay, d_beta, d_state.view(batch, kv_heads, *d_state.shape[1:]), None
+        return ungrouped(d_q), d_k, d_v, d_decay, d_beta, d_state, None
 
 
 # ---------------------------------------------------------------- all see all

@@ -211,4 +211,7 @@ def powers(
     logs: Complex[Tensor, "heads modes"], steps: Int[Tensor, "*batch time"]
 ) -> Complex[Tensor, "*batch heads modes time"]:
     """What is left of a state after so many tokens."""
-    return (logs[..., None] * steps[..., None, None, :].to(logs.real.dtype)).exp()
+    # in real functions, which are several times as fast
+    steps = steps[..., None, None, :].to(logs.real.dtype)
+    left, turned = (logs.real[..., None] * steps).exp(), logs.imag[..., None] * steps
+    return torch.complex(left * turned.cos(), left * turned.sin())
