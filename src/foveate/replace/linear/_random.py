@@ -52,6 +52,20 @@ class Draw(nn.Module):
         omega = self.omega.to(x)
         return torch.cat([x, off], -1) @ torch.cat([omega, torch.ones_like(omega[:, :1])], 1).T
 
+    def queries(
+        self, x: Float[Tensor, "batch heads time dim"], scale: float
+    ) -> tuple[Float[Tensor, "batch heads time features"], Float[Tensor, "batch heads time 1"]]:
+        """Features of queries with a factor of each taken out, which cancels where weights are divided; and its log."""
+        logs = self.logs(x, scale)
+        most = logs.detach().amax(-1, keepdim=True)
+        return logs.sub_(most).exp_(), most
+
+    def keys(
+        self, x: Float[Tensor, "batch heads time dim"], scale: float
+    ) -> Float[Tensor, "batch heads time features"]:
+        """Features of keys, lowered by exp(shift), which is the same for all."""
+        return self.logs(x, scale, self.shift).exp_()
+
     @property
     def shift(self) -> float:
         """What is taken off the logs of all keys: no log is above max |w|^2 / 2, whatever keys are still to come."""

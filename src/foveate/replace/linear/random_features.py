@@ -70,10 +70,8 @@ class RandomFeatures(Recurrence):
 
     def queries(self, heads: Heads) -> Float[Tensor, "batch heads time key"]:
         assert isinstance(heads.learned, Draw)
-        logs = heads.learned.logs(heads.q, heads.scale)
-        # a factor of all features of a query cancels
-        return (logs - logs.detach().amax(-1, keepdim=True)).exp()
+        return heads.learned.queries(heads.q, heads.scale)[0]
 
     def keys(self, heads: Heads) -> Float[Tensor, "batch kv_heads time key"]:
         assert isinstance(heads.learned, Draw)
-        return heads.learned.logs(heads.k, heads.scale, heads.learned.shift).exp()
+        return heads.learned.keys(heads.k, heads.scale)

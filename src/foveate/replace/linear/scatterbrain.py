@@ -82,10 +82,12 @@ class Scatterbrain(Recurrence):
         return Draw(torch.cat([drawn, -drawn]))
 
     def queries(self, heads: Heads) -> Float[Tensor, "batch heads time key"]:
-        return lowered(heads, heads.q)[0]
+        assert isinstance(heads.learned, Draw)
+        return heads.learned.queries(heads.q, heads.scale)[0]
 
     def keys(self, heads: Heads) -> Float[Tensor, "batch kv_heads time key"]:
-        return key_features(heads, heads.k)
+        assert isinstance(heads.learned, Draw)
+        return heads.learned.keys(heads.k, heads.scale)
 
     def flow(
         self, heads: Heads, state: State | None, form: Form = "auto"
@@ -98,47 +100,35 @@ class Scatterbrain(Recurrence):
         return windows.back(near + share * (far - near)), {"state": after, **windows.state()}
 
 
-def lowered(
-    heads: Heads, q: Float[Tensor, "batch heads time dim"]
-) -> tuple[Float[Tensor, "batch heads time key"], Float[Tensor, "batch heads time 1"]]:
-    """Features of queries with a factor of each taken out, and the log of that factor."""
-    assert isinstance(heads.learned, Draw)
-    logs = heads.learned.logs(q, heads.scale)
-    most = logs.detach().amax(-1, keepdim=True)
-    return (logs - most).exp(), most + heads.learned.shift - math.log(len(heads.learned.omega))
-
-
-def key_features(heads: Heads, k: Float[Tensor, "batch heads time dim"]) -> Float[Tensor, "batch heads time key"]:
-    """Features of keys, lowered by what is the same for all."""
-    assert isinstance(heads.learned, Draw)
-    return heads.learned.logs(k, heads.scale, heads.learned.shift).exp()
-
-
 def estimated(
     windows: Windows, state: Tensor | None, form: Form
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query 1"], Tensor]:
     """What is outside of the windows: means of values by estimated weights, logs of their sums, and the state."""
     heads, width, length = windows.heads, windows.window, windows.q.shape[2]
-    q, factor = lowered(heads, windows.q)
-    k = key_features(heads, windows.k)
+    draw = heads.learned
+    assert isinstance(draw, Draw)
+    q, most = draw.queries(windows.q, heads.scale)
+    k = draw.keys(windows.k, heads.scale)
     v = torch.cat([windows.v, torch.ones_like(windows.v[..., :1])], -1).to(k)
     here = windows.text[:, width:]
 
-    def known(k: Tensor, text: Tensor) -> Tensor:
-        return k * ((text == here) & (here >= 0))[:, None, :, None]
+    def known(v: Tensor, text: Tensor) -> Tensor:
+        # of values and of what they are counted by, which are narrower than features of keys
+        return v * ((text == here) & (here >= 0))[:, None, :, None]
 
     # beside each token stands the key that has just left its window, and in the other direction the one still to come
     before = torch.cat([torch.zeros_like(here[:, :1]), here[:, :-1]], 1)
-    left = known(k[:, :, :length], windows.text[:, :length])
-    out, after = run(Scan(q, left, v[:, :, :length], opens=here > before), state, form)
+    left = known(v[:, :, :length], windows.text[:, :length])
+    out, after = run(Scan(q, k[:, :, :length], left, opens=here > before), state, form)
     if not heads.tokens.causal:
         more = min(width, length)
         k, v = (torch.nn.functional.pad(t[:, :, 2 * width :], (0, 0, 0, more)) for t in (k, v))
-        ahead = known(k, torch.nn.functional.pad(windows.text[:, 2 * width :], (0, more), value=-1))
+        ahead = known(v, torch.nn.functional.pad(windows.text[:, 2 * width :], (0, more), value=-1))
         ends = torch.cat([here[:, 1:] > here[:, :-1], torch.zeros_like(here[:, :1], dtype=torch.bool)], 1)
-        turned = Scan(q.flip(2), ahead.flip(2), v.flip(2), opens=ends.flip(1))
+        turned = Scan(q.flip(2), k.flip(2), ahead.flip(2), opens=ends.flip(1))
         out = out + run(turned, None, form)[0].flip(2)
     total = out[..., -1:]
     some = total > 0
     safe = torch.where(some, total, 1.0)
+    factor = most + draw.shift - math.log(len(draw.omega))
     return out[..., :-1] / safe, torch.where(some, safe.log() + factor, -torch.inf), after
