@@ -12,8 +12,8 @@ machine's peak is that of the products which chunks need, over the time, by what
 `backward`: forward with backward beside forward, at 16,384 tokens.
 `lengths`: 65,536 tokens as 64 texts of 1,024 up to one of 65,536, beside those of 1,024.
 `naive`: at 4,096 tokens, the recurrent form beside the chunked one, forward; `--fla` names a folder with the package
-fla (and einops), whose naive functions then run on the same tensors; transformers' chunked gated delta rule and its
-Mamba layer run in any case.
+fla (and einops), whose reference functions then run beside the engine on the same tensors, to the same outputs;
+transformers' chunked gated delta rule and its Mamba layer run in any case; x-transformers has no attention by state.
 `decode`: one token behind 65,536 beside one behind 1,024, and the bytes of the state.
 `memory`: the peak of resident memory of forward and backward from 4,096 to 65,536 tokens, each in a process of its own.
 
@@ -35,6 +35,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # in front, this folder would hide Python's own module `profile`, which torch imports
@@ -64,6 +65,18 @@ TARGETS = {"forward": 1 / 5, "backward": 4.0, "lengths": 1 / 0.9, "naive": 1 / 2
 # where the default is for shorter texts
 SETTINGS = {"hyena": f"hyena:max_length={TOTAL}"}
 MAMBA, DELTA = "transformers MambaMixer", "transformers torch_chunk_gated_delta_rule"
+# reference code of fla: the folder, and what it takes besides queries, keys and values
+FLA: dict[str, tuple[str, tuple[str, ...]]] = {
+    "naive_recurrent_linear_attn": ("linear_attn", ()),
+    "naive_chunk_linear_attn": ("linear_attn", ()),
+    "naive_recurrent_simple_gla": ("simple_gla", ("g",)),
+    "naive_chunk_simple_gla": ("simple_gla", ("g",)),
+    "naive_recurrent_gla": ("gla", ("gk",)),
+    "delta_rule_recurrence": ("delta_rule", ("beta",)),
+    "delta_rule_chunkwise": ("delta_rule", ("beta",)),
+    "naive_recurrent_gated_delta_rule": ("gated_delta_rule", ("g", "beta")),
+    "naive_chunk_gated_delta_rule": ("gated_delta_rule", ("g", "beta")),
+}
 
 
 def specs(asked: list[str] | None) -> list[str]:
@@ -208,31 +221,60 @@ def worker(name: str, tokens: int, threads: int) -> float:
 
 def peers(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Ours beside other people's code of the same mechanism, forward at 4,096 tokens."""
-    found = {f"naive {DELTA}": partial(beside_delta, args), f"naive {MAMBA}": partial(beside_mamba, args)}
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    found = {
+        f"naive {DELTA}": partial(beside, torch_chunk_gated_delta_rule, ("g", "beta"), False, args),
+        f"naive {MAMBA}": partial(beside_mamba, args),
+    }
     if args.fla:
         sys.path.append(str(args.fla))
         import einops  # noqa: F401 - from that folder, for the files below
 
         sys.path.remove(str(args.fla))
-        for name, rule in {"linear_attn": "elu", "gla": "", "delta_rule": "delta"}.items():
-            if rule:
-                found[f"naive fla {name}"] = partial(beside_fla, name, rule, args)
+        for name, (folder, takes) in FLA.items():
+            function = getattr(loaded(args.fla / "fla" / "ops" / folder / "naive.py"), name)
+            found[f"naive fla {name}"] = partial(beside, function, takes, folder == "delta_rule", args)
     return found
 
 
-def beside_delta(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+def loaded(path: Path) -> ModuleType:
+    """A file that is loaded by its path, for its package imports a GPU's compiler."""
+    spec = importlib.util.spec_from_file_location(f"fla_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+@torch.no_grad()
+def beside(function: Any, takes: tuple[str, ...], heads_first: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """The engine beside a function of queries, keys, values and what else it takes, on the same ones.
+
+    Args:
+        function: The function; its tensors are [batch, time, heads, ...].
+        takes: Names of its other arguments: `g` are decays per head, `gk` per channel, `beta` strengths.
+        heads_first: Whether its tensors are [batch, heads, time, ...] instead.
+        args: What the script was called with.
+    """
     q, k, v = (drawn(1, MIDDLE, HEADS, DIM, seed=n) for n in range(3))
     k = torch.nn.functional.normalize(k, dim=-1)
-    decay, beta = -drawn(1, MIDDLE, HEADS, seed=3).abs(), drawn(1, MIDDLE, HEADS, seed=4).sigmoid()
-    scan = foveate.core.states.Scan(
-        *(t.transpose(1, 2) for t in (q, k, v)), decay.transpose(1, 2)[..., None], beta.transpose(1, 2)
-    )
-    with torch.no_grad():
-        base = partial(torch_chunk_gated_delta_rule, q, k, v, decay, beta)
-        other = partial(foveate.core.states.run, scan)
-        return rounds(partial(timed, base), partial(timed, other), args.rounds, args.seconds)
+    more = {
+        "g": -drawn(1, MIDDLE, HEADS, seed=3).abs(),
+        "gk": -drawn(1, MIDDLE, HEADS, DIM, seed=3).abs(),
+        "beta": drawn(1, MIDDLE, HEADS, seed=4).sigmoid(),
+    }
+    more = {name: more[name] for name in takes}
+    decay = more["g"][..., None] if "g" in more else more.get("gk")
+    given = [DIM**-0.5 * q, k, v, decay, more.get("beta")]
+    scan = foveate.core.states.Scan(*(None if t is None else t.transpose(1, 2) for t in given))
+    if heads_first:
+        q, k, v, *others = (t.transpose(1, 2).contiguous() for t in (q, k, v, *more.values()))
+        more = dict(zip(more, others, strict=True))
+    base, other = partial(function, q, k, v, **more), partial(foveate.core.states.run, scan)
+    theirs = base()
+    theirs, ours = theirs[0] if isinstance(theirs, tuple) else theirs, other()[0]
+    torch.testing.assert_close(theirs if heads_first else theirs.transpose(1, 2), ours, rtol=1e-3, atol=1e-4)
+    return rounds(partial(timed, base), partial(timed, other), args.rounds, args.seconds)
 
 
 def beside_mamba(args: argparse.Namespace) -> dict[str, Any]:
@@ -247,23 +289,6 @@ def beside_mamba(args: argparse.Namespace) -> dict[str, Any]:
     )
     with torch.no_grad():
         return rounds(partial(timed, partial(mixer, x)), partial(timed, call.forward), args.rounds, args.seconds)
-
-
-def beside_fla(name: str, rule: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The naive function of fla in a file that is loaded by its path, for its package imports a GPU's compiler."""
-    path = args.fla / "fla" / "ops" / name / "naive.py"
-    spec = importlib.util.spec_from_file_location(f"fla_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    q, k, v = (drawn(1, MIDDLE, HEADS, DIM, seed=n) for n in range(3))
-    if rule == "delta":
-        q, k, v = (t.transpose(1, 2) for t in (q, torch.nn.functional.normalize(k, dim=-1), v))
-        base = partial(module.delta_rule_recurrence, q, k, v, drawn(1, HEADS, MIDDLE, seed=4).sigmoid())
-    else:
-        base = partial(module.naive_recurrent_linear_attn, q.abs(), k.abs(), v, normalize=True)
-    call = Call(rule, MIDDLE)
-    with torch.no_grad():
-        return rounds(partial(timed, base), partial(timed, call.forward), args.rounds, args.seconds)
 
 
 # ---------------------------------------------------------------- running and telling
@@ -317,7 +342,7 @@ def line(key: str, figure: dict[str, Any]) -> str:
         return f"| {part} | {name} | exponent {slope:.2f} | {said} MB | {'met' if slope <= most else 'missed'} |"
     found = spread(ratios(figure))
     # people's own chunked code is no token-by-token reference
-    kept = "" if name in (MAMBA, DELTA) else verdict(found, most)
+    kept = "" if name in (MAMBA, DELTA) or "chunk" in name else verdict(found, most)
     if part == "lengths" and kept == "met" and found[0] < 0.9:
         kept = "met (faster)"
     more = f"{1e3 * spread(figure['seconds'])[1]:.4g} ms"
