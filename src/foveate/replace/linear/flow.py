@@ -61,6 +61,7 @@ class Flow(Recurrence):
         misleads="Its causal form is another function than the masked full form: other sums divide, and the past is "
         "never weighed anew. Rows do not sum to 1, and features of a sigmoid never reach 0: it is diffuse, and no "
         "stand-in for softmax without training.",
+        claims=("degenerate_attention",),
     )
 
     def scan(self, heads: Heads, first: bool = True) -> Scan:

@@ -85,6 +85,7 @@ class H3(Mixer):
         use="for cheap recall of what came with or after a token, in linear time, next to a few layers of attention",
         misleads="what is forgotten does not depend on the text; published results are of hybrids with attention; it "
         "has projections of its own, so a loaded model is to be trained",
+        claims=("gated_state_space",),
     )
     test_params: ClassVar = (
         {},
