@@ -65,6 +65,7 @@ class Taylor(Recurrence):
         "the rest",
         misleads="weights grow again where scores are below -1, so that large scores of a loaded model mean nothing "
         "here; at f = 16 a state is as large as a cache of about 80 tokens; the paper's results are of its hybrid",
+        claims=("recall_frontier",),
     )
     test_params: ClassVar = ({}, {"feature_dim": 3, "window": 4})
 
