@@ -74,6 +74,7 @@ class PrefixLinear(Recurrence):
         use="to train models that answer about a text known before they begin to write",
         misleads="the loss on tokens of the prefix means nothing, they have seen what follows; a text that comes in "
         "pieces smaller than the prefix is read twice only as far as the first one goes",
+        claims=("reading_twice",),
     )
     test_params: ClassVar = ({"length": 3}, {"length": 2, "feature_dim": 3})
 
