@@ -28,7 +28,7 @@ from foveate.replace import Transnormer
 
 TOTAL, HEADS, DIM, SEED = 65_536, 4, 64, 0
 # the slowest of so many lengths is slow by chance too, the more so the fewer the rounds
-ROUNDS, CONTROL_EVERY = 21, 3
+ROUNDS, CONTROL_EVERY = 15, 3
 LENGTHS, CONTROL = tuple(1024 << n for n in range(7)), (1024, 4096, 16_384)
 # the slowest length may be this share of the fastest
 CONSTANT = 0.9

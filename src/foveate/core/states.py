@@ -328,8 +328,7 @@ def block_at(
 
     def cut(x: Tensor) -> Tensor:
         x = filled(x[texts, :, a:b], short)
-        # products of many matrices would each make a copy of their own
-        return x.reshape(-1, x.shape[2] // size, size, *x.shape[3:]).contiguous()
+        return x.reshape(-1, x.shape[2] // size, size, *x.shape[3:])
 
     if decay is not None:
         decay = decay.expand(k.shape[0], -1, -1, -1)
