@@ -32,9 +32,9 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def command() -> dict[str, Any]:
+def command(seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     """How to run the script again."""
-    return {"command": f"python bench/claims/{Path(sys.argv[0]).stem}.py --data FOLDER", "seeds": list(SEEDS)}
+    return {"command": f"python bench/claims/{Path(sys.argv[0]).stem}.py --data FOLDER", "seeds": list(seeds)}
 
 
 def characters(length: int = 64, longer: int = 16) -> Characters:
@@ -50,9 +50,10 @@ def runs(
     training: Optimisation = TRAINING,
     judged: int = 64,
     every: int = 0,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> list[Run]:
     """Each mixer under each seed."""
-    return [Run(task, mixer, size, training, seed, judged, every) for seed in SEEDS for mixer in mixers]
+    return [Run(task, mixer, size, training, seed, judged, every) for seed in seeds for mixer in mixers]
 
 
 def home(part: str = "") -> Path:

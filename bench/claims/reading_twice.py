@@ -5,7 +5,8 @@ answered by its value. What is read once must be kept before it is known what wi
 reads text and questions twice, once as a whole; its counterpart is the same recurrence without that reading, Taylor
 features of as many numbers. The other second reading is the paper's prompt: text and questions stand there twice, for
 the recurrence that reads once. With the questions in front of the text, a control, one reading is enough to know what
-to keep. Each has the learning rate that was best for it, of two, by the mean over the seeds; none has positions.
+to keep. Each has the learning rate that was best for it, of two, by the mean over three seeds; none has positions. As
+these left the gap itself undecided (-1 % to 93 %), three more seeds were trained at these rates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from _claim import mean, number, write
-from _trained import carried_out, command, last, less, runs
+from _trained import SEEDS, carried_out, command, last, less, runs
 
 from foveate.core.params import bounded, choice
 from foveate.training.model import Decoder
@@ -28,6 +29,7 @@ SIZE = Size(width=32, layers=2, feed_forward=2, taps=3, rope=0.0)
 TRAINING = Optimisation(steps=1500, batch=64)
 RATES = (0.003, 0.01)
 JUDGED = 512
+MORE = (3, 4, 5)
 SOFTMAX, ONCE = "softmax", f"taylor:feature_dim={FEATURES}"
 # a gap that is worth closing
 GAP = 0.1
@@ -114,7 +116,11 @@ def main() -> None:
         for way, (asked, mixer) in ways.items()
     }
     rates = {way: max(RATES, key=lambda r, t=t: mean(last(t[r], "recall"))["value"]) for way, t in tried.items()}
-    recall = {way: last(t[rates[way]], "recall") for way, t in tried.items()}
+    recall = {}
+    for way, (asked, mixer) in ways.items():
+        training = replace(TRAINING, rate=rates[way])
+        more = carried_out(runs(asked, (mixer,), SIZE, training, JUDGED, seeds=MORE), part(way, rates[way]) + "-more")
+        recall[way] = last(tried[way][rates[way]], "recall") + last(more[mixer], "recall")
     gap = less(recall["softmax, one reading"], recall["one reading"])
     closed = {
         way: mean([a / b if b else 0.0 for a, b in zip(less(recall[way], recall["one reading"]), gap, strict=True)])
@@ -136,7 +142,7 @@ def main() -> None:
         rule=f"not testable here: softmax is not more than {GAP:.0%} ahead of one reading (interval). Closed: the "
         "interval of the part lies above 0. Holds: by both second readings; partly: by one",
         encoder=f"models of {SIZE.layers} layers, width {SIZE.width}, {TRAINING.steps} steps, on generated sequences",
-        **command(),
+        **command(SEEDS + MORE),
     )
 
 

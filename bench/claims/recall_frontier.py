@@ -22,8 +22,7 @@ from foveate.training.tasks.mqar import Mqar
 
 TASK = Mqar(length=64, pairs=8, tokens=256)
 SIZE = Size(width=32, layers=2, taps=3, rope=0.0)
-# a third of them leaves most models in the middle of learning, with intervals as wide as the gap
-TRAINING = Optimisation(steps=1500, batch=64)
+TRAINING = Optimisation(steps=500, batch=64)
 RATES = (0.003, 0.01)
 JUDGED = 256
 SOFTMAX = "softmax"
