@@ -74,6 +74,7 @@ class Transnormer(Recurrence):
         use="Train a decoder whose memory is constant, with decays spread over heads and layers.",
         misleads="The weights of a loaded model mean nothing under it before training; its last layers hardly forget, "
         "and nothing divides by the sum of the weights, so only the norm keeps outputs in range.",
+        claims=("constant_speed",),
     )
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"layers": 2, "lrpe": 0}, {"layers": 5, "lrpe": 5})
 
