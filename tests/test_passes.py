@@ -151,9 +151,10 @@ def test_what_the_kernel_refuses(change: dict[str, Any], says: str) -> None:
         Passes(views.view("causal")).run(None, None, **change)
     view = views.view("causal")
     lse = Passes(view).softmax().lse
-    with pytest.raises(ValueError, match="up_to has no derivatives"):
-        native.derive(
-            view.q, view.k, view.v, view.q, lse, lse,
-            scale=1.0, lo=view.mask.low, hi=view.mask.high, activation="up_to",
-        )  # fmt: skip
+    for activation, says in (("up_to", "up_to has no derivatives"), ("soft_excess", "takes a shift, a cut")):
+        with pytest.raises(ValueError, match=says):
+            native.derive(
+                view.q, view.k, view.v, view.q, lse, lse,
+                scale=1.0, lo=view.mask.low, hi=view.mask.high, activation=activation,
+            )  # fmt: skip
     assert math.isfinite(float(lse[0, 0, 0]))

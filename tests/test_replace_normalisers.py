@@ -144,11 +144,21 @@ def test_the_formula(name: str, mask: str) -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [Sigmoid(), Sigmoid(length=9), Relu(), Softplus(power=1.0, offset=0.0), KeyBias(value=True), KeyBias(key="zero")],
+    [
+        Sigmoid(),
+        Sigmoid(length=9),
+        Relu(),
+        Softplus(power=1.0, offset=0.0),
+        Softplus(),
+        Softplus(power=3.0, offset=0.0),
+        Softplus(power=1.0, offset=0.5),
+        KeyBias(value=True),
+        KeyBias(key="zero"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(
-    "situation", ["causal", "left_padded_window", "full_right_padded", "empty_rows", "multi_query"]
+    "situation", ["causal", "left_padded_window", "full_right_padded", "empty_rows", "multi_query", "decode"]
 )
 def test_without_rows_as_with_them(rule: Rule, situation: str) -> None:
     """Outputs and derivatives of the way that forms no rows, in float32, with garbage where nobody looks."""
@@ -163,11 +173,14 @@ def test_without_rows_as_with_them(rule: Rule, situation: str) -> None:
         leaves = [getattr(view, n).requires_grad_() for n in ("q", "k", "v")]
         leaves += [] if learned is None else list(learned.parameters())
         rows = attend(replace(view, rule=rule, learned=learned), engine=engine)
-        assert rows.engine == ("shortcut" if engine == "auto" else "blocks")
+        # one row alone is sharpened as a row
+        alone = isinstance(rule, Softplus) and not rule.plainly and view.queries == 1
+        assert rows.engine == ("shortcut" if engine == "auto" and not alone else "blocks")
         weigh = torch.randn(rows.out.shape, generator=torch.Generator().manual_seed(1))
         found.append([rows.out, *torch.autograd.grad((rows.out * weigh).sum(), leaves)])
     for without, with_rows in zip(*found, strict=True):
-        torch.testing.assert_close(without, with_rows, rtol=1e-4, atol=1e-5)
+        # a power multiplies rounding errors
+        torch.testing.assert_close(without, with_rows, rtol=1e-4, atol=5e-5 if rule == Softplus() else 1e-5)
 
 
 def test_derivatives_reach_what_was_learned() -> None:

@@ -72,7 +72,8 @@ class Mask:
     def full(cls, queries: int, keys: int, device: torch.device | str = "cpu") -> Mask:
         """Every row sees every key."""
         low = torch.zeros(1, queries, dtype=torch.int32, device=device)
-        return cls(low, low + keys, keys, False, torch.arange(queries, device=device) + max(0, keys - queries))
+        at = max(0, keys - queries)
+        return cls(low, low + keys, keys, False, torch.arange(at, at + queries, device=device))
 
     @classmethod
     def causal_of(
@@ -88,11 +89,13 @@ class Mask:
         The last query stands at the last key unless `offset`, the position of the first query, says otherwise.
         """
         keys = queries if keys is None else keys
-        position = torch.arange(queries, device=device) + (keys - queries if offset is None else offset)
-        high = (position + 1).clamp(0, keys).to(torch.int32)[None]
-        low = torch.zeros_like(high) if window is None else (position + 1 - window).clamp_min(0).to(torch.int32)[None]
-        begin = torch.zeros(1, dtype=torch.int32, device=device)
-        return cls(torch.minimum(low, high), high, keys, True, position, begin=begin)
+        at = keys - queries if offset is None else offset
+        position = torch.arange(at, at + queries, device=device)
+        high = torch.arange(at + 1, at + 1 + queries, dtype=torch.int32, device=device)[None].clamp_(0, keys)
+        low, begin = torch.zeros_like(high), torch.zeros(1, dtype=torch.int32, device=device)
+        if window is not None:
+            low = torch.minimum((position + 1 - window).clamp_min(0).to(torch.int32)[None], high)
+        return cls(low, high, keys, True, position, begin=begin)
 
     @classmethod
     def of_padding(
@@ -109,7 +112,10 @@ class Mask:
 
         The queries are the last of the keys. None: all keys are real.
         """
-        position = torch.arange(queries, device=device) + max(0, keys - queries)
+        at = max(0, keys - queries)
+        if real is None and causal:
+            return cls.causal_of(queries, keys, window, device, at)
+        position = torch.arange(at, at + queries, device=device)
         if real is None or bool(real.all()):
             begin, end, valid = position.new_zeros(1), position.new_full((1,), keys), None
         else:
@@ -202,6 +208,8 @@ class Mask:
         """Either "causal" or "full" where the framework's own kernels need no mask at all, else ""."""
         if self.dense is not None:
             return ""
+        if self.low.numel() == 1:
+            return "full" if int(self.low) == 0 and int(self.high) == self.keys else ""
         if bool((self.low == 0).all()):
             if bool((self.high == self.keys).all()):
                 return "full"
@@ -261,6 +269,8 @@ class Mask:
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The smallest range of keys that holds all that rows start..stop see; (0, 0) when they see nothing."""
+        if self.plain == "full":
+            return (0, self.keys) if start < stop else (0, 0)
         low, high = self.low[:, start:stop], self.high[:, start:stop]
         sees = high > low
         if not bool(sees.any()):

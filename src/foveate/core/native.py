@@ -24,8 +24,8 @@ _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
 # in the order of kernels/tiles.hpp, behind softmax
 ACTIVATIONS = ("sigmoid", "relu", "softplus")
-# behind these, those with a shift and a cut for each row, which have no derivatives
-OF_ROWS = ("up_to", "excess")
+# behind these, those with a shift and a cut for each row; only the last has derivatives
+OF_ROWS = ("up_to", "excess", "soft_excess")
 # a multiple of what one register tile covers, whatever the processor; of kernels/selective.cpp a block of channels
 _PANEL = 64
 # tokens from one kept state to the next
@@ -74,8 +74,9 @@ class _Back(ctypes.Structure):
         *_fields("lse shared lo hi", c_void_p),
         *_fields("lo_stride hi_stride", c_int64),
         ("ranges", _Ranges),
-        ("activation", c_int64),
+        *_fields("activation power", c_int64),
         *_fields("scale shift", c_double),
+        *_fields("row_shift row_cut common", c_void_p),
         *_fields("dq dk dv", c_void_p),
     )
 
@@ -210,11 +211,11 @@ def attend(
         want_top: Ask for the largest score of each row.
         activation: Weights are this function of score + shift (`ACTIVATIONS` or `OF_ROWS`), and nothing normalises
             them: outputs are sums, and in the place of log-sum-exps stand the sums of the weights. Nothing else can be
-            asked for. "up_to" is exp, and 0 where that is above the row's cut; "excess" a power of how far exp is above
-            it.
-        shift: What is added to the scores under an activation; for "up_to" and "excess" [batch, heads, query].
-        cut: [batch, heads, query], for these two.
-        power: Of "excess".
+            asked for, but for the largest score. "up_to" is exp, and 0 where that is above the row's cut; "excess" a
+            power of how far exp is above it; "soft_excess" a power of shift (softplus(score) - cut).
+        shift: What is added to the scores under an activation; for those of `OF_ROWS` [batch, heads, query].
+        cut: [batch, heads, query], for these.
+        power: Of "excess", from 1, and of "soft_excess", from 0: how many are above the cut.
         piece: Keys per part where few rows have more of them and only outputs and log-sum-exps are asked for; the
             parts are work of their own.
         threads: By default what torch uses.
@@ -263,11 +264,11 @@ def attend(
         tilted = tilted.contiguous()
     of_rows = activation in OF_ROWS
     if of_rows != isinstance(shift, Tensor) or of_rows != (cut is not None):
-        raise ValueError(f"{' and '.join(OF_ROWS)} take a shift and a cut for each row, and nothing else does")
+        raise ValueError(f"{', '.join(OF_ROWS)} take a shift and a cut for each row, and nothing else does")
     if isinstance(shift, Tensor) and cut is not None:
         shift, cut = (_floats(x.expand(batch, heads, queries)) for x in (shift, cut))
-    if power < 1:
-        raise ValueError(f"power must be at least 1, got {power}")
+    if power < (least := int(activation != "soft_excess")):
+        raise ValueError(f"power must be at least {least}, got {power}")
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
     if softcap is not None and not softcap > 0:
@@ -369,7 +370,10 @@ def derive(
     hi: Tensor,
     ranges: Ranges | None = None,
     activation: str | None = None,
-    shift: float = 0.0,
+    shift: float | Tensor = 0.0,
+    cut: Tensor | None = None,
+    common: Tensor | None = None,
+    power: int = 1,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of `attend` with respect to queries, keys and values.
@@ -379,23 +383,33 @@ def derive(
         k: [batch, kv_heads, key, width].
         v: [batch, kv_heads, key, value].
         dout: Derivative of the outputs, [batch, heads, query, value].
-        lse: Log-sum-exps, [batch, heads, query].
+        lse: Log-sum-exps, [batch, heads, query]; under an activation the sums of the weights.
         shared: sum of dout * out, minus the derivative of lse, [batch, heads, query].
         scale: Factor of the dot products.
         lo: int32 [batch or 1, query].
         hi: int32 [batch or 1, query].
         ranges: The stretches of keys that row blocks visit; by default all.
-        activation: Of the weights, as of `attend`.
-        shift: What was added to the scores.
+        activation: Of the weights, as of `attend`. Under "soft_excess" the derivatives are those of means, outputs
+            divided by the sums of the weights, where neither shift nor cut depends on the scores.
+        shift: What was added to the scores; of "soft_excess" as of `attend`.
+        cut: Of "soft_excess", as of `attend`.
+        common: For "soft_excess", what to add to the derivative of each softplus(score), [batch, heads, query]: what
+            the cut passes on to all of its row.
+        power: Of "soft_excess", from 1.
         threads: By default what torch uses.
 
     Returns:
         The derivatives, in the shapes and dtypes of q, k and v.
     """
+    number = _activation(activation, derived=True)
     (batch, heads, queries, width), groups, keys, values = _shapes(q, k, v)
     dtype = q.dtype
     q, k, v, dout = (_rows(x) for x in (q, k, v, dout))
     lse, shared = _floats(lse), _floats(shared)
+    given = {"row_shift": shift if isinstance(shift, Tensor) else None, "row_cut": cut, "common": common}
+    rows = {name: _floats(x.expand(batch, heads, queries)) for name, x in given.items() if x is not None}
+    if len(rows) != (len(given) if activation in OF_ROWS else 0):
+        raise ValueError(f"{OF_ROWS[-1]} takes a shift, a cut and what is common for each row, and nothing else does")
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
     dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
     call = _Back(
@@ -414,15 +428,17 @@ def derive(
         lo_stride=_step(lo),
         hi_stride=_step(hi),
         ranges=_visited(ranges, batch, heads, queries),
-        activation=_activation(activation, derived=True),
+        activation=number,
+        power=power,
         scale=scale,
-        shift=shift,
+        shift=0.0 if isinstance(shift, Tensor) else shift,
     )
     _run(
         "foveate_back",
         call,
         f"derivatives of attention over {queries} queries and {keys} keys",
         **{"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "shared": shared, "lo": lo, "hi": hi},
+        **rows,
         **{"dq": dq, "dk": dk, "dv": dv},
     )
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
@@ -543,7 +559,7 @@ def _run(name: str, call: ctypes.Structure, doing: str, /, **tensors: Tensor | N
 
 
 def _activation(name: str | None, derived: bool = False) -> int:
-    if derived and name in OF_ROWS:
+    if derived and name in OF_ROWS[:-1]:
         raise ValueError(f"{name} has no derivatives")
     return 0 if name is None else 1 + (*ACTIVATIONS, *OF_ROWS).index(name)
 

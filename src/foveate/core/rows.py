@@ -126,6 +126,12 @@ class View:
         if self.scale is None:
             self.scale = q.shape[3] ** -0.5
 
+    def but(self, **changes: Any) -> View:
+        """The same call with other fields, which must fit: nothing is checked again."""
+        other = object.__new__(View)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
     @property
     def batch(self) -> int:
         return self.q.shape[0]
@@ -229,6 +235,8 @@ class RowBlock:
     @cached_property
     def ragged(self) -> list[tuple[int, int]]:
         """The stretches of keys in front of and behind those that every row sees."""
+        if self.view.mask.plain == "full":
+            return []
         low, high = self.view.mask.low[:, self.index], self.view.mask.high[:, self.index]
         if not low.numel():
             return [(self.first, self.last)]
@@ -247,7 +255,7 @@ class RowBlock:
             and view.bias is None
             and not any(type(e).edit_scores is not Edit.edit_scores for e in self.edits)
             and (tilt is None or not bool((tilt == -torch.inf).any()))
-            and bool((mask.high[:, self.index] > mask.low[:, self.index]).all())
+            and (bool(mask.keys) if mask.plain == "full" else bool((mask.high > mask.low)[:, self.index].all()))
         )
 
     @cached_property
@@ -373,6 +381,9 @@ def passed(
     dtype: torch.dtype | None = None,
 ) -> Rows:
     """One pass over the rows of a call that its rule has prepared; arguments as of `attend`."""
+    free = engine == "auto" and pattern is None and dtype is None
+    if free and schedule is None and not (given or wanted) and view.rule.plain and not REFUSALS["sdpa"](view, ()):
+        return Rows(view, sdpa(view), {}, "sdpa")
     unedited = view
     edits = tuple(e for e in given if e.whole_rows and e.acts(view.layer.index))
     view, beyond = tilted(view, given)
@@ -380,11 +391,11 @@ def passed(
     plain = view.rule.plain and not edits
     streamed = tuple(r for r in wanted if r.axis != "sample")
     through = None
-    if engine == "auto" and len(edits) == 1 and view.rule.plain and not streamed and pattern is None and dtype is None:
+    if free and len(edits) == 1 and view.rule.plain and not streamed:
         passes = Passes(view)
         through = edits[0].through(passes) if passes.fit else None
     if engine == "auto":
-        whole = plain and pattern is None and dtype is None and not streamed and view.tilt is None
+        whole = free and plain and not streamed and view.tilt is None
         if schedule is not None and whole and not schedule.refuses(view):
             engine = "schedule"
         else:
@@ -450,7 +461,7 @@ def tilted(view: View, edits: Sequence[Edit]) -> tuple[View, list[Edit]]:
             beyond.append(Tilted(tilt))
     if q is view.q and bias is own.bias:
         return view, beyond
-    return replace(view, q=q, tilt=None if bias is None else Tilt(bias=bias, rows=rows)), beyond
+    return view.but(q=q, tilt=None if bias is None else Tilt(bias=bias, rows=rows)), beyond
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ class SharedPrefix(Schedule):
     ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
         p, mask = self.prefix, view.mask
         rest = Mask.full(view.queries, view.keys - p, view.q.device)
-        own = replace(view, k=view.k[:, :, p:], v=view.v[:, :, p:], mask=rest, tokens=None)
+        own = view.but(k=view.k[:, :, p:], v=view.v[:, :, p:], mask=rest, tokens=None)
         # each sequence has a gradient of its own, which keys that are taken from one of them would not give it
         folded = not view.needs_grad
         k, v = (t[: 1 if folded else None, :, :p] for t in (view.k, view.v))

@@ -88,7 +88,7 @@ class SplitKeys(Schedule):
         )
         mask = replace(view.mask, low=low, high=high, keys=self.piece, valid=None, begin=None)
         q = view.q.repeat_interleave(parts, 0)
-        out, lse = tiled.attend(replace(view, q=q, k=k, v=v, mask=mask, sinks=None, tokens=None))
+        out, lse = tiled.attend(view.but(q=q, k=k, v=v, mask=mask, sinks=None, tokens=None))
         found = [x.unflatten(0, (view.batch, parts)).unbind(1) for x in (out, lse)]
         merged = merge(list(zip(*found, strict=True)))
         return merged if view.sinks is None else tiled.with_sinks(*merged, view.sinks)

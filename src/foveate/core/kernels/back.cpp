@@ -3,6 +3,10 @@
 //
 //     p = e^(s - lse)    ds = p (dout v - shared)    dq = scale ds k    dk = scale ds^T q    dv = p^T dout
 //
+// Under SOFT_EXCESS, u = max(0, shift (softplus(s) - cut)) and its sum of u^power in the place of lse:
+//
+//     p = u^power / lse    ds = sigmoid(s) (power shift u^(power - 1) / lse (dout v - shared) + common)
+//
 // A part is one group of heads of a batch entry with every n-th of its row blocks. It sums up derivatives of keys and
 // values of its own, and these sums are added in order: the numbers do not depend on the count of threads.
 
@@ -17,8 +21,9 @@ struct Back {
     const int32_t *lo, *hi;
     int64_t lo_stride, hi_stride;
     Ranges ranges;
-    int64_t activation;
+    int64_t activation, power;
     double scale, shift;
+    const float *row_shift, *row_cut, *common;  // [batch, heads, queries], for SOFT_EXCESS
     float *dq, *dk, *dv;  // [batch, heads, queries, width], [batch, groups, keys, width or values]
 };
 
@@ -64,16 +69,17 @@ void add_products(int64_t rows, float *o, int64_t pitch, const float *a, int64_t
 
 struct Limits {
     int32_t lo, hi;
-    float lse, shared;  // lse in units of log2
+    float lse, shared;         // lse in units of log2; of SOFT_EXCESS as it is
+    float shift, cut, common;  // of SOFT_EXCESS
 };
 
 // Weights and ds of M rows against one panel of keys.
 template <int M, int ACT>
 void derive_tile(const float *q, const float *dout, const float *k, const float *v, int64_t width, int64_t values,
                  float *p, float *ds, const Limits *rows, int32_t first, int32_t lo, int32_t hi, float scale,
-                 float shift) {
+                 float shift, int64_t power) {
     const vi key = iota() + splat(first);
-    vf acc[M][LANES] = {};
+    vf acc[M][LANES] = {}, bend[M][LANES], rise[M][LANES];
     multiply<M, LANES>(acc, q, 1, M, k, PANEL, width);
     for (int r = 0; r < M; ++r) {
         const int32_t from = std::max(lo, rows[r].lo), to = std::min(hi, rows[r].hi);
@@ -83,6 +89,12 @@ void derive_tile(const float *q, const float *dout, const float *k, const float 
             if constexpr (ACT == SOFTMAX) {
                 const vf x = acc[r][c] - splat(rows[r].lse);
                 e = exp2(x < splat(127.0f) ? larger(splat(-150.0f), x) : splat(127.0f));
+            } else if constexpr (ACT == SOFT_EXCESS) {
+                const vf plain = activate<SOFTPLUS>(acc[r][c]), u = over(plain, splat(rows[r].cut)) * rows[r].shift;
+                const vf below = raised(u, power - 1) * (1 / rows[r].lse);
+                bend[r][c] = slope<SOFTPLUS>(plain);
+                rise[r][c] = below * (power * rows[r].shift);
+                e = below * u;
             } else {
                 e = activate<ACT>(acc[r][c] + splat(shift));
             }
@@ -96,11 +108,17 @@ void derive_tile(const float *q, const float *dout, const float *k, const float 
         for (int c = 0; c < LANES; ++c) {
             const vf e = load(p + r * STRIP_PITCH + c * LANE);
             vf by = e;
-            if constexpr (ACT != SOFTMAX) by = slope<ACT>(e);
+            if constexpr (ACT == SOFT_EXCESS) by = rise[r][c];
+            else if constexpr (ACT != SOFTMAX) by = slope<ACT>(e);
             vf x = by * (acc[r][c] - splat(rows[r].shared));
             // what has no weight has no derivative, whatever stands in its value
-            x = (vf)((vi)(x * scale) & (e != vf{}));
-            store(ds + r * STRIP_PITCH + c * LANE, x);
+            x = (vf)((vi)x & (by != vf{}) & (e != vf{}));
+            if constexpr (ACT == SOFT_EXCESS) {
+                const int32_t from = std::max(lo, rows[r].lo), to = std::min(hi, rows[r].hi);
+                const vi at = key + splat(c * LANE);
+                x = (vf)((vi)(bend[r][c] * (x + splat(rows[r].common))) & (at >= splat(from)) & (at < splat(to)));
+            }
+            store(ds + r * STRIP_PITCH + c * LANE, x * scale);
         }
 }
 
@@ -108,7 +126,8 @@ template <int ACT>
 constexpr decltype(&derive_tile<1, ACT>) DERIVE[] = {derive_tile<1, ACT>, derive_tile<2, ACT>, derive_tile<3, ACT>,
                                                      derive_tile<4, ACT>, derive_tile<5, ACT>, derive_tile<6, ACT>};
 constexpr const decltype(&derive_tile<1, SOFTMAX>) *DERIVE_AS[] = {DERIVE<SOFTMAX>, DERIVE<SIGMOID>, DERIVE<RELU>,
-                                                                   DERIVE<SOFTPLUS>};
+                                                                   DERIVE<SOFTPLUS>, nullptr, nullptr,
+                                                                   DERIVE<SOFT_EXCESS>};
 
 // (query, head) pairs of some heads of a group, heads fastest.
 struct RowBlock {
@@ -254,8 +273,10 @@ void Derivation::prepare(int64_t pair, const RowBlock &t, Scratch &w) const {
         Limits row{std::max(c.lo[b * c.lo_stride + i], 0),
                    int32_t(std::min<int64_t>(c.hi[b * c.hi_stride + i], c.keys)), float(c.lse[at] * LOG2E),
                    c.shared[at]};
+        const bool excess = c.activation == SOFT_EXCESS;
+        if (excess) row.lse = c.lse[at], row.shift = c.row_shift[at], row.cut = c.row_cut[at], row.common = c.common[at];
         // a pattern may leave nothing of what a row could see
-        if (row.lo >= row.hi || c.lse[at] == -INF) row.lo = row.hi = 0;
+        if (row.lo >= row.hi || c.lse[at] == (excess ? 0 : -INF)) row.lo = row.hi = 0;
         if (r % ROWS == 0) w.tiles.push_back({int32_t(r), 0, INT32_MAX, 0, 0, INT32_MAX});
         Tile &tile = w.tiles.back();
         ++tile.rows;
@@ -268,7 +289,7 @@ void Derivation::prepare(int64_t pair, const RowBlock &t, Scratch &w) const {
             std::copy_n(c.dout + b * c.dout_stride[0] + head * c.dout_stride[1] + i * c.dout_stride[2], c.values,
                         dout + r * tall);
         } else {
-            row.lse = row.shared = 0;
+            row.lse = row.shared = row.shift = row.cut = row.common = 0;
         }
         w.rows.push_back(row);
     }
@@ -298,7 +319,7 @@ void Derivation::strip(int64_t pair, const RowBlock &t, Scratch &w, int32_t firs
                 w.q_tiles.p + tile.first * c.width, w.dout_tiles.p + tile.first * c.values,
                 k_panels.p + (pair * padded + at) * c.width, v_panels.p + (pair * padded + at) * c.values, c.width,
                 c.values, p + (at - first), ds + (at - first), &w.rows[tile.first], at, lo, hi, c.scale,
-                c.shift * LOG2E);
+                c.shift * LOG2E, c.power);
         add_products(tile.rows, w.dq.p + tile.first * wide, wide, ds, STRIP_PITCH, 1,
                      k_rows.p + (pair * padded + first) * wide, keys);
     }

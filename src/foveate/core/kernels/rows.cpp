@@ -23,10 +23,10 @@ struct Call {
     int64_t extra_stride, tilt_batch_stride, tilt_head_stride, tilted_stride, index_stride;
     Ranges ranges;                            // which keys row blocks visit
     int64_t activation;                       // weights are functions of score + shift, and nothing is normalised
-    int64_t power;                            // of EXCESS
+    int64_t power;                            // of EXCESS and SOFT_EXCESS
     int64_t piece;                            // keys per part where few rows have many
     double scale, softcap, shift;             // softcap 0: none
-    const float *row_shift, *row_cut;         // [batch, heads, queries], for UP_TO and EXCESS
+    const float *row_shift, *row_cut;         // [batch, heads, queries], from UP_TO on
     float *out;                               // [batch, queries, heads, values]
     float *lse, *top, *entropy, *distance;    // [batch, heads, queries]
     float *within_mass, *match_mass;          // [n, batch, heads, queries]
@@ -41,7 +41,7 @@ struct Row {
     int32_t lo, hi;       // keys that it sees
     int64_t query, head;
     const float *tilt;    // bias on its keys in nats, or null
-    float shift, cut;     // of an activation; the shift in units of ln 2
+    float shift, cut;     // of an activation; the shift in units of ln 2, of SOFT_EXCESS a factor
     int64_t here;         // its position, relative to the block's first key
     float peak;           // largest score so far
     double factor;        // weight = e * factor, once all keys were seen
@@ -179,14 +179,10 @@ void weigh_alone(float *s, int64_t n, const Row &row, int64_t power, float *sum)
     vf mass = load(sum + MASS * LANE);
     for (int64_t j = 0; j < n; j += LANE) {
         const vf x = load(s + j);
-        vf e = activate<ACT>(x + by);
+        vf e = ACT == SOFT_EXCESS ? activate<SOFTPLUS>(x) : activate<ACT>(x + by);
         if (ACT == UP_TO) e = (vf)((vi)e & ~(e > cut));
-        if (ACT == EXCESS) {
-            vf over = (vf)((vi)(e - cut) & ~(e <= cut));
-            e = splat(1.0f);
-            for (int64_t i = power; i; i >>= 1, over *= over)
-                if (i & 1) e *= over;
-        }
+        if (ACT == EXCESS) e = raised(over(e, cut), power);
+        if (ACT == SOFT_EXCESS) e = raised(over(e, cut) * by, power);
         // hidden keys stand at minus infinity
         e = (vf)((vi)e & (x != splat(-INF)));
         store(s + j, e);
@@ -200,7 +196,8 @@ constexpr decltype(&weigh_alone<SIGMOID>) ALONE[] = {nullptr,
                                                      weigh_alone<RELU>,
                                                      weigh_alone<SOFTPLUS>,
                                                      weigh_alone<UP_TO>,
-                                                     weigh_alone<EXCESS>};
+                                                     weigh_alone<EXCESS>,
+                                                     weigh_alone<SOFT_EXCESS>};
 
 template <int N>
 void match_labels(const float *e, int64_t n, const int32_t *const *labels, const int32_t *wanted, float *sum) {
@@ -464,7 +461,8 @@ void Job::prepare(const Block &t, Workspace &w) const {
         const int64_t at = (t.batch * c.heads + head) * c.queries + i;
         Row row{std::max(c.lo[t.batch * c.lo_stride + i], 0),
                 int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head, nullptr,
-                float((c.row_shift ? c.row_shift[at] : c.shift) * LOG2E), c.row_cut ? c.row_cut[at] : 0.0f,
+                float((c.row_shift ? c.row_shift[at] : c.shift) * (c.activation == SOFT_EXCESS ? 1 : LOG2E)),
+                c.row_cut ? c.row_cut[at] : 0.0f,
                 query_position[i] - base, -INF, 0};
         if (c.tilt && (!c.tilted || c.tilted[t.batch * c.tilted_stride + i]))
             row.tilt = c.tilt + t.batch * c.tilt_batch_stride + head * c.tilt_head_stride;
@@ -583,8 +581,11 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
 void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const {
     Row &row = w.rows[r];
     float *sum = w.sum.p + r * sums * LANE, *near = w.near.p + r * c.withins, *o = w.o.p + r * padded;
-    if (c.activation) return ALONE[c.activation](s + from, to - from, row, c.power, sum);
     const float peak = std::max(row.peak, largest(load(w.peak.p + r * LANE)));
+    if (c.activation) {
+        row.peak = peak;
+        return ALONE[c.activation](s + from, to - from, row, c.power, sum);
+    }
     if (peak > row.peak && row.peak > -INF) {
         const float fade = std::exp2(row.peak - peak);
         // The surprise is relative to the peak: sum of fade * e * (x + old peak - new peak).

@@ -127,8 +127,8 @@ INLINE vf exp2(vf x) {
 }
 
 // Weights that are functions of single scores, which nothing normalises; in the order of native.py. UP_TO and EXCESS
-// are of e^score: 0 above a cut, and a power of what is above it.
-enum Activation { SOFTMAX, SIGMOID, RELU, SOFTPLUS, UP_TO, EXCESS };
+// are of e^score: 0 above a cut, and a power of what is above it; so is SOFT_EXCESS, of softplus.
+enum Activation { SOFTMAX, SIGMOID, RELU, SOFTPLUS, UP_TO, EXCESS, SOFT_EXCESS };
 
 // The weight of a score that is in units of ln 2.
 template <int ACT>
@@ -163,6 +163,17 @@ INLINE vf slope(vf e) {
     const vf low = e * (1.0f - e * (0.5f - e * (splat(1.0f / 6) - e * splat(1.0f / 24))));
     const vf x = e * splat(float(-LOG2E));
     return e < splat(0.03f) ? low : 1.0f - exp2(larger(splat(-150.0f), x));
+}
+
+// What x has over a cut, else zero; NaN stays.
+INLINE vf over(vf x, vf cut) { return (vf)((vi)(x - cut) & ~(x <= cut)); }
+
+// x^n for x >= 0; 0^0 is 0.
+INLINE vf raised(vf x, int64_t n) {
+    vf y = (vf)((vi)splat(1.0f) & (x != vf{}));
+    for (; n; n >>= 1, x *= x)
+        if (n & 1) y *= x;
+    return y;
 }
 
 INLINE vf tanh(vf x) {

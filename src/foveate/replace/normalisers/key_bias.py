@@ -10,7 +10,7 @@ words, each output of softmax is multiplied by the sigmoid of lse_i - s*_i.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -107,7 +107,7 @@ class KeyBias(Rule):
             return view
         # sum_j p_ij v_j + (1 - sum_j p_ij) v* = sum_j p_ij (v_j - v*) + v*: no row need know what the extra key takes
         k, v = (t.repeat_interleave(view.grouped, 1) for t in (view.k, view.v))
-        return replace(view, k=k, v=v - self.added(view).to(v.dtype))
+        return view.but(k=k, v=v - self.added(view).to(v.dtype))
 
     def finish(
         self, view: View, out: Float[Tensor, "batch heads query value_dim"]

@@ -9,7 +9,7 @@ training. The scores of all other tokens stay, for they look at windows whose le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -76,4 +76,4 @@ class LogNToken(Rule):
         bias = view.bias
         if bias is not None:
             bias = torch.where(bias == -torch.inf, bias, bias * factor.to(bias.dtype))
-        return replace(view, q=view.q * factor.to(view.q.dtype), bias=bias)
+        return view.but(q=view.q * factor.to(view.q.dtype), bias=bias)

@@ -9,7 +9,7 @@ has no use for a sink.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -73,7 +73,7 @@ class Relu(Rule):
     def shortcut(self, view: View) -> Float[Tensor, "batch heads query value_dim"] | None:
         if tiled.refuses(view):
             return None
-        out, _ = tiled.attend(replace(view, sinks=None), activation="relu")
+        out, _ = tiled.attend(view.but(sinks=None), activation="relu")
         return out * self.share(view).to(out.dtype)
 
     def share(self, view: View, index: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "#batch #heads rows 1"]:

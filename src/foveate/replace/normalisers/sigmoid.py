@@ -10,7 +10,7 @@ keys that it may see.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -84,7 +84,7 @@ class Sigmoid(Rule):
     def shortcut(self, view: View) -> Float[Tensor, "batch heads query value_dim"] | None:
         if tiled.refuses(view):
             return None
-        view = replace(view, sinks=None)
+        view = view.but(sinks=None)
         kind = torch.promote_types(view.q.dtype, torch.float32)
         b = self.bias(view.mask, kind)
         if b.numel() and bool((b == b.flatten()[0]).all()):
@@ -94,5 +94,5 @@ class Sigmoid(Rule):
         # one more coordinate of queries and keys holds a bias that differs from row to row
         q, k, v = (t.to(kind) for t in (view.q, view.k, view.v))
         b = (b / view.scale).expand(*q.shape[:3])[..., None]
-        wider = replace(view, q=torch.cat([q, b], -1), k=torch.cat([k, torch.ones_like(k[..., :1])], -1), v=v)
+        wider = view.but(q=torch.cat([q, b], -1), k=torch.cat([k, torch.ones_like(k[..., :1])], -1), v=v)
         return tiled.attend(wider, activation="sigmoid")[0].to(view.q.dtype)

@@ -12,14 +12,14 @@ weight of each key if all were alike, is cut off, and the rest raised to a power
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from foveate.core import tiled
+from foveate.core import native, tiled
 from foveate.core.card import Card, Needs
 from foveate.core.params import bounded
 from foveate.core.rows import RowBlock, View
@@ -86,7 +86,7 @@ class Softplus(Rule):
         q = torch.nn.functional.normalize(view.q.to(torch.promote_types(view.q.dtype, torch.float32)), dim=-1)
         n = keys_seen(view.mask).clamp_min(1).to(q.dtype)
         scale = math.log(view.q.shape[3]) * n.log()
-        return replace(view, q=q * scale[..., None], scale=1.0, softcap=None, sinks=None)
+        return view.but(q=q * scale[..., None], scale=1.0, softcap=None, sinks=None)
 
     def score(self, block: RowBlock) -> Float[Tensor, "batch heads rows keys"]:
         s = Rule.score(self, block)
@@ -107,16 +107,115 @@ class Softplus(Rule):
         return self.power == 1 and self.offset == 0
 
     def shortcut(self, view: View) -> Float[Tensor, "batch heads query value_dim"] | None:
-        if not self.plainly or tiled.refuses(view):
+        # one row alone is faster as a row
+        if tiled.refuses(view) or (not self.plainly and (self.power % 1 or view.queries == 1)):
             return None
         k = torch.nn.functional.normalize(view.k.to(view.q.dtype), dim=-1)
-        out, total = tiled.attend(replace(view, k=k, v=view.v.to(k.dtype)), activation="softplus")
-        return out / total.where(total > 0, 1.0)[..., None]
+        view = view.but(k=k, v=view.v.to(k.dtype))
+        if self.plainly:
+            out, total = tiled.attend(view, activation="softplus")
+            return out / total.where(total > 0, 1.0)[..., None]
+        if not tiled.by_kernel(view.q, view.v):
+            return None
+        rows = Reweighting.of(view, self)
+        return None if rows is None else Reweighted.apply(view.q, view.k, view.v, rows)
 
     def finish(
         self, view: View, out: Float[Tensor, "batch heads query value_dim"]
     ) -> Float[Tensor, "batch heads query value_dim"]:
         return out.to(view.v.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Reweighting:
+    """What the re-weighting of a call is, row by row: u_j = (softplus(s_j) - cut) / top where that is over zero.
+
+    Args:
+        low: First key of each row.
+        high: One past the last.
+        cut: o / n of the sum of softplus(s), [batch, heads, query].
+        over: One by how far the largest is above the cut, so that no power overflows.
+        share: The derivative of the cut by that sum.
+        power: Of u.
+    """
+
+    low: Int[Tensor, "#batch query"]
+    high: Int[Tensor, "#batch query"]
+    cut: Float[Tensor, "batch heads query"]
+    over: Float[Tensor, "batch heads query"]
+    share: Float[Tensor, "batch heads query"]
+    power: int
+
+    @classmethod
+    def of(cls, view: View, rule: Softplus) -> Reweighting | None:
+        """From a first pass over the keys; None if a row is too near to uniform to be sharpened."""
+        low, high = view.mask.low.contiguous(), view.mask.high.contiguous()
+        first = passed(view.q, view.k, view.v, low, high, "softplus", want_out=False, want_top=True)
+        n = keys_seen(view.mask).clamp_min(1).to(first.lse)
+        share = torch.where(n <= FEW, 0.0, rule.offset / n).expand_as(first.lse)
+        cut = first.lse * share
+        top = torch.nn.functional.softplus(first.top) - cut
+        seen = first.lse > 0
+        if bool((seen & (top * n <= UNIFORM * first.lse)).any()):
+            return None
+        return cls(low, high, cut, top.where(seen, 1.0).reciprocal(), share, int(rule.power))
+
+    def sums(self, q: Tensor, k: Tensor, v: Tensor, power: int) -> tuple[Tensor, Tensor]:
+        """Of u^power v and u^power over each row."""
+        found = passed(q, k, v, self.low, self.high, "soft_excess", shift=self.over, cut=self.cut, power=power)
+        return found.out, found.lse
+
+
+def passed(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, activation: str, **more: Any
+) -> native.NativeResult:
+    """One pass of the CPU kernel over scores that are whole already."""
+    nowhere = torch.zeros(1, max(q.shape[2], k.shape[2]), dtype=torch.int32)
+    places = nowhere[:, : q.shape[2]], nowhere[:, : k.shape[2]]
+    return native.attend(
+        q,
+        k,
+        v,
+        scale=1.0,
+        lo=low,
+        hi=high,
+        query_position=places[0],
+        key_position=places[1],
+        activation=activation,
+        **more,
+    )
+
+
+class Reweighted(torch.autograd.Function):
+    r"""Re-weighted means of values in two passes over the keys, and their derivative in two more.
+
+        out = \sum u^power v / \sum u^power
+        d_j = power (u_j^{power - 1} / top) (g . v_j - g . out) / \sum u^power
+        ds_j = sigmoid(s_j) (d_j - o / n \sum_k d_k)
+
+    top cancels in the means and is constant in the derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Reweighting) -> Tensor:
+        out, mass = rows.sums(q, k, v, rows.power)
+        out = out / mass.where(mass > 0, 1.0)[..., None]
+        ctx.save_for_backward(q, k, v, out, mass)
+        ctx.rows = rows
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, mass = ctx.saved_tensors
+        rows: Reweighting = ctx.rows
+        shared = (g * out).sum(-1)
+        mixed, below = rows.sums(q, k, v, rows.power - 1)
+        whole = ((g * mixed).sum(-1) - shared * below) * rows.power * rows.over / mass.where(mass > 0, 1.0)
+        common = -whole * rows.share
+        more = {"activation": "soft_excess", "shift": rows.over, "cut": rows.cut, "common": common}
+        found = native.derive(q, k, v, g, mass, shared, scale=1.0, lo=rows.low, hi=rows.high, power=rows.power, **more)
+        return *found, None
 
 
 class Weights(torch.autograd.Function):

@@ -3,7 +3,7 @@ r"""Entropy-guided attention: a temperature per head and row, held to an entropy
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +82,7 @@ class EntropyGuided(Rule):
         wide = torch.promote_types(view.q.dtype, torch.float32)
         place = view.mask.place.clamp(0, self.positions - 1)
         t = view.learned.log_temperature.to(wide).exp()[:, place].movedim(0, 1)
-        return replace(view, q=(view.q / t[..., None]).to(view.q.dtype))
+        return view.but(q=(view.q / t[..., None]).to(view.q.dtype))
 
     def needs(self) -> tuple[Reduction, ...]:
         return (RowEntropy(),)

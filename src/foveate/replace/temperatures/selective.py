@@ -3,7 +3,7 @@ r"""Selective self-attention: each query has its temperature, and each value its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +78,7 @@ class Selective(Rule):
         if own.alpha is not None:
             tau_q = tau_q + torch.sigmoid(own.alpha.to(wide))[:, None] * log_place(mask.place, wide)
             tau_v = tau_v + torch.sigmoid(own.alpha_value.to(wide)) * log_place(mask.key_place, wide)
-        return replace(view, q=(view.q * tau_q[..., None]).to(view.q.dtype), v=(v * tau_v[..., None]).to(view.v.dtype))
+        return view.but(q=(view.q * tau_q[..., None]).to(view.q.dtype), v=(v * tau_v[..., None]).to(view.v.dtype))
 
 
 class Temperatures(torch.nn.Module):

@@ -6,7 +6,7 @@ edge differ a lot, plain averaging smooths away what matters; the power p says h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -123,7 +123,7 @@ class PLaplacian(Rule):
         c = 2 * self.mu * (2 + torch.tanh(adapter.mu.to(dtype))) / p
         # a column of ones gives the sum of each row's weights
         f = torch.cat([f, torch.ones_like(f[..., :1])], -1)
-        sums = attend(replace(view, q=q, k=k, v=f, rule=Calibrated(r, p), learned=None, dropout=0.0)).out
+        sums = attend(view.but(q=q, k=k, v=f, rule=Calibrated(r, p), learned=None, dropout=0.0)).out
         mean = (sums[..., :-1] + c * r) / (sums[..., -1:] + c).clamp_min(torch.finfo(dtype).tiny)
         gate = nn.functional.gelu(projected(adapter.gate, joined(out.to(dtype))))
         added = split(projected(adapter.up, gate * joined(mean)), view.heads)

@@ -96,11 +96,11 @@ class Subsampled(Rule):
         if not draw and view.training:
             draw = 1 + int(torch.randint(DRAWS - 1, ()))
         if not draw or view.layer.cross or self.every == 1:
-            return replace(view, rule=Rule())
+            return view.but(rule=Rule())
         drawn = replace(self, draw=draw)
         if not self.window and tiled.refuses(view):
             return replace(drawn.thinned(view), rule=Rule())
-        return replace(view, rule=drawn)
+        return view.but(rule=drawn)
 
     def score(self, block: RowBlock) -> Float[Tensor, "batch heads rows keys"]:
         mask = block.view.mask
@@ -126,11 +126,11 @@ class Subsampled(Rule):
         low, high = mask.low, mask.high
         a, b = at - self.window + 1, at + self.window
         first, last = torch.maximum(low, a), torch.minimum(high, b)
-        parts = [replace(view, mask=replace(mask, low=torch.minimum(first, high), high=torch.maximum(last, low)))]
+        parts = [view.but(mask=replace(mask, low=torch.minimum(first, high), high=torch.maximum(last, low)))]
         for low_, high_ in ((low, torch.minimum(high, a)), (torch.maximum(low, b), high)):
             if bool((high_ > low_).any()):
                 far = replace(mask, low=low_, high=torch.maximum(low_, high_), begin=mask.text_begin)
-                parts.append(self.thinned(replace(view, mask=far)))
+                parts.append(self.thinned(view.but(mask=far)))
         out, lse = merged([tiled.attend(replace(part, sinks=None)) for part in parts])
         return (out if view.sinks is None else tiled.with_sinks(out, lse, view.sinks)[0]).to(view.q.dtype)
 
