@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foveate.core.errors import BadInput
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,19 +45,14 @@ def command(
 
     from rich.console import Console
 
+    from foveate.cli._searching import at_least, folder, going_on, known, resumable
     from foveate.cli.profile import Bar, read_texts
     from foveate.planning.goals import PROBES, Goal, parse_quality
 
     screen = Console(stderr=as_json, highlight=False)
     goal = Goal(keep, size, parse_quality(quality) if quality is not None else ())
-    for one in probe or ():
-        if one not in PROBES:
-            from foveate.core.errors import unknown
-
-            raise unknown("probe", one, PROBES)
-    for option, value, least in (("--tokens", tokens, 128), ("--samples", samples, 2)):
-        if value < least:
-            raise BadInput(f"{option} {value}: give at least {least}")
+    known("probe", probe or (), PROBES)
+    at_least(("--tokens", tokens, 128), ("--samples", samples, 2))
     folder(out)
     given = read_texts(text)
     with screen.status(f"opening {model} …"):
@@ -73,30 +66,22 @@ def command(
 
         network, tokenizer = load(model)
     ledger = out / "results.jsonl"
-    going_on = ", going on where it was interrupted" if ledger.exists() else ""
-    screen.print(f"{model}: a cache of {goal}, for texts of {tokens:,} tokens{going_on}", soft_wrap=True)
-    try:
-        with Bar(screen) as progress:
-            found = compress(
-                network,
-                tokenizer,
-                given,
-                goal,
-                policies,
-                tokens=tokens,
-                probes=probe or PROBES[:2],
-                count=samples,
-                unseen=not seen,
-                file=ledger,
-                name=Path(model).name,
-                tell=progress,
-            )
-    except KeyboardInterrupt:
-        print(
-            f"foveate: interrupted; what was measured is in {ledger}, and the same command goes on from it",
-            file=sys.stderr,
+    screen.print(f"{model}: a cache of {goal}, for texts of {tokens:,} tokens{going_on(ledger)}", soft_wrap=True)
+    with resumable("measured", ledger), Bar(screen) as progress:
+        found = compress(
+            network,
+            tokenizer,
+            given,
+            goal,
+            policies,
+            tokens=tokens,
+            probes=probe or PROBES[:2],
+            count=samples,
+            unseen=not seen,
+            file=ledger,
+            name=Path(model).name,
+            tell=progress,
         )
-        raise SystemExit(130) from None
     name = "plan.json" if found.met else "nearest.json"
     # an older plan must not be taken for what this run found
     (out / ("nearest.json" if found.met else "plan.json")).unlink(missing_ok=True)
@@ -120,14 +105,6 @@ def command(
             file=sys.stderr,
         )
         raise SystemExit(1)
-
-
-def folder(out: Path) -> None:
-    """Where nothing can be written is told before hours of work."""
-    at = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not at.is_dir():
-        raise BadInput(f"--out {out}: {at} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 # ---------------------------------------------------------------- what a person sees

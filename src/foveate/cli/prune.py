@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foveate.core.errors import BadInput, unknown
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,23 +45,19 @@ def command(
 
     from rich.console import Console
 
-    from foveate.cli.compress import folder
+    from foveate.cli._searching import at_least, folder, going_on, known, resumable
     from foveate.cli.profile import Bar, read_texts
     from foveate.planning.goals import PROBES
 
     screen = Console(stderr=as_json, highlight=False)
-    for one in probe or ():
-        if one not in PROBES:
-            raise unknown("probe", one, PROBES)
-    for option, value, least in (
+    known("probe", probe or (), PROBES)
+    at_least(
         ("--count", count, 1),
         ("--first", first, 0),
         ("--tokens", tokens, 128),
         ("--pieces", pieces, 1),
         ("--samples", samples, 2),
-    ):
-        if value < least:
-            raise BadInput(f"{option} {value}: give at least {least}")
+    )
     folder(out)
     given = read_texts(text)
     with screen.status(f"opening {model} …"):
@@ -72,44 +66,33 @@ def command(
         from foveate.models import load
         from foveate.planning.pruning import prune
 
-        for one in among or ():
-            if one not in KINDS:
-                raise unknown("kind of part", one, KINDS)
-        if measure not in DISTANCES:
-            raise unknown("measure", measure, DISTANCES)
+        known("kind of part", among or (), KINDS)
+        known("measure", [measure], DISTANCES)
         network, tokenizer = load(model)
     kinds = [k for k in KINDS if k in among] if among else KINDS
     ledger = out / "results.jsonl"
-    going_on = ", going on where it was interrupted" if ledger.exists() else ""
     screen.print(
         f"{model}: taking {count} of its {' and '.join(k.replace('_', '-') for k in kinds)} parts out, chosen on "
-        f"{pieces} x {tokens:,} tokens{going_on}",
+        f"{pieces} x {tokens:,} tokens{going_on(ledger)}",
         soft_wrap=True,
     )
-    try:
-        with Bar(screen) as progress:
-            found = prune(
-                network,
-                tokenizer,
-                given,
-                count,
-                among=kinds,
-                measure=measure,
-                first=first,
-                tokens=tokens,
-                pieces=pieces,
-                probes=probe or PROBES[:2],
-                samples=samples,
-                file=ledger,
-                name=Path(model).name,
-                tell=progress,
-            )
-    except KeyboardInterrupt:
-        print(
-            f"foveate: interrupted; what was found is in {ledger}, and the same command goes on from it",
-            file=sys.stderr,
+    with resumable("found", ledger), Bar(screen) as progress:
+        found = prune(
+            network,
+            tokenizer,
+            given,
+            count,
+            among=kinds,
+            measure=measure,
+            first=first,
+            tokens=tokens,
+            pieces=pieces,
+            probes=probe or PROBES[:2],
+            samples=samples,
+            file=ledger,
+            name=Path(model).name,
+            tell=progress,
         )
-        raise SystemExit(130) from None
     at = found.plan.save(out / "plan.json")
     if as_json:
         json.dump(found.to_json(), sys.stdout, indent=1)

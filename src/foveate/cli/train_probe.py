@@ -41,7 +41,7 @@ def command(
 
     from rich.console import Console
 
-    from foveate.cli.compress import folder
+    from foveate.cli._searching import folder, resumable
     from foveate.cli.profile import read_texts
 
     screen = Console(stderr=as_json, highlight=False)
@@ -67,15 +67,8 @@ def command(
     if left:
         models += f"; training takes about {duration(seconds)}, {workers} at a time"
     screen.print(f"{experiment.task.title}: {models}", soft_wrap=True)
-    try:
-        with Bars(screen, left) as bars:
-            outcomes = experiment.carry_out(target, done, bars.tell, workers)
-    except KeyboardInterrupt:
-        print(
-            f"foveate: interrupted; what was trained is in {target}, and the same command with --resume goes on",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+    with resumable("trained", target, "the same command with --resume goes on"), Bars(screen, left) as bars:
+        outcomes = experiment.carry_out(target, done, bars.tell, workers)
     results = to_json(experiment, outcomes)
     (target / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     write(page(results), target / "report.html")
