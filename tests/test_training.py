@@ -6,6 +6,8 @@ import json
 import math
 import os
 import queue
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -631,6 +633,34 @@ def fails(run, folder, tell):
 def test_a_process_that_dies_is_told():
     with pytest.raises(FoveateError, match=r"died \(exit code 3\)"):
         list(side_by_side(dies, [(a_run(), None)], 1, None))
+
+
+FAILING = """
+from foveate.training.run import Optimisation, Run, Size
+from foveate.training.tasks.characters import Characters
+from foveate.training.workers import side_by_side
+
+
+def fails(run, folder, tell):
+    raise ValueError("no good")
+
+
+if __name__ == "__main__":
+    task = Characters(length=8, text="ab" * 200_000)
+    runs = [(Run(task, "softmax", Size(), Optimisation(), seed, 8), None) for seed in range(4)]
+    try:
+        list(side_by_side(fails, runs, 1, None))
+    except ValueError as e:
+        print(e)
+"""
+
+
+def test_nobody_waits_for_what_is_begun_no_more(tmp_path):
+    """Models that are still to come, and their texts, do not keep a command that has failed from ending."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout == "no good\n"
 
 
 def test_what_goes_wrong_in_a_process_comes_back(monkeypatch):

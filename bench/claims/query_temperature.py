@@ -19,7 +19,7 @@ FEW = 0.005
 def main() -> None:
     task = characters(LENGTH, 1)
     found = carried_out(runs(task, (SOFTMAX, SELECTIVE), training=TRAINING))
-    wider = carried_out(runs(task, (SOFTMAX,), replace(SIZE, width=SIZE.width + 4)), "-wider")
+    wider = carried_out(runs(task, (SOFTMAX,), replace(SIZE, width=SIZE.width + 8)), "-wider")
     loss = {m: last(o, "loss", LENGTH) for m, o in found.items()}
     size = {m: o[0].result["parameters"] for m, o in found.items()}
     more = size[SELECTIVE] / size[SOFTMAX] - 1

@@ -64,6 +64,8 @@ def side_by_side(
                 left -= 1
                 yield run, what
     finally:
+        # what nobody will fetch any more must not be waited for when Python ends
+        tasks.cancel_join_thread()
         for process in crew:
             process.terminate()
         for process in crew:
