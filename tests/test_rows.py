@@ -281,14 +281,35 @@ def test_gradcheck_of_one_small_call() -> None:
     assert torch.autograd.gradcheck(outputs, small, fast_mode=True)
 
 
-@pytest.mark.parametrize("engine", ["native", "fused"])
-def test_fast_ways_refuse_gradients(engine: str) -> None:
+@pytest.mark.parametrize("situation", views.situations(without="bias scattered soft_cap long bfloat16"))
+def test_gradients_of_closed_forms_equal_the_textbook(situation: str) -> None:
+    """In float32, and with garbage where nobody looks."""
+    wanted = (RowEntropy(), Distance(), Within(3), OnKeys(SPANS), Match("previous"), Match("self"))
+    view = differentiable(situation, torch.float32)
+    wanted = tuple(r for r in wanted if r in readable(view))
+    rows = attend(view, wanted)
+    assert rows.engine == "fused"
+    got = gradients(view, a_loss(rows.out, [rows[r] for r in wanted]))
+    truth = ByHand(view)
+    want = gradients(view, a_loss(truth.out, [truth.of(r) for r in wanted]))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, float(b.abs().amax())))
+    worse = views.poisoned(views.view(situation))
+    worse.q.requires_grad_()
+    rows = attend(worse, wanted)
+    (found,) = torch.autograd.grad(a_loss(rows.out, [rows[r] for r in wanted]), worse.q)
+    real = view.mask.rows.expand(view.batch, -1)
+    torch.testing.assert_close(found.movedim(1, 2)[real], got[0].movedim(1, 2)[real], rtol=1e-3, atol=1e-3)
+
+
+def test_fast_ways_refuse_gradients() -> None:
     view = differentiable("causal", torch.float32)
-    with pytest.raises(NotSupported, match="gradients"):
-        attend(view, [RowEntropy()], engine=engine)
-    assert attend(view, [RowEntropy()]).engine == "blocks"
-    with torch.no_grad():
-        assert attend(view, [RowEntropy()]).engine != "blocks"
+    for engine, one in (("native", RowEntropy()), ("fused", ColumnMass()), ("fused", Match("token"))):
+        with pytest.raises(NotSupported, match=r"gradients|kernel was not built"):
+            attend(view, [one], engine=engine)
+        assert attend(view, [ColumnMass()]).engine == "blocks"
+        with torch.no_grad():
+            assert attend(view, [one]).engine != "blocks"
 
 
 def test_backward_keeps_no_square_of_weights() -> None:

@@ -8,18 +8,22 @@ With p_ij = exp(s_ij - lse_i), and a fused kernel that returns lse:
     one listed pair  = exp(s_ij - lse_i)
     column mass_j    = exp(lse of a call with queries and keys swapped and -lse_i as one more column)
 
-Plain causal or full masks need no mask tensor; other intervals are cut into row chunks with a mask of their own.
+Plain causal or full masks need no mask tensor; other intervals are cut into row chunks with a mask of their own. Where
+derivatives are followed, the calls are tiles (`core/tiled.py`), which know those of the log-sum-exp too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core import tiled
+from foveate.core.mask import Mask
 from foveate.core.reductions import ColumnMass, Distance, KeyBins, Match, OnKeys, Reduction, RowEntropy, Within, labels
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ __all__ = ["refuses", "rows"]
 CHUNK = 512
 FAR = -1e30
 KNOWN = (RowEntropy, Distance, Within, Match, OnKeys, KeyBins, ColumnMass)
+# links that name one key for each row
+PAIRS = ("self", "previous", "first")
 
 
 def refuses(view: View, reductions: Sequence[Reduction]) -> str:
@@ -46,13 +52,15 @@ def refuses(view: View, reductions: Sequence[Reduction]) -> str:
     if view.dropout:
         return "dropout acts on single weights"
     if view.needs_grad:
-        return "gradients go through the row blocks"
+        for r in reductions:
+            if isinstance(r, ColumnMass) or (isinstance(r, Match) and r.link not in PAIRS):
+                return f"gradients of {r} go through the row blocks"
     return ""
 
 
 def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Reduction, Tensor]]:
     """Head outputs, and the reductions by their closed forms."""
-    forms = Forms(view)
+    forms = Forms(view, any(isinstance(r, RowEntropy) for r in reductions))
     found: dict[Reduction, Tensor] = {}
     for r in reductions:
         match r:
@@ -72,36 +80,48 @@ def rows(view: View, reductions: Sequence[Reduction]) -> tuple[Tensor, dict[Redu
 
 
 class Forms:
-    """The closed forms of one call; the first fused call is shared by all of them."""
+    """The closed forms of one call; the first fused call is shared by all of them.
 
-    def __init__(self, view: View) -> None:
+    Args:
+        view: The attention call.
+        entropy: Whether the entropies will be asked for, which mix the keys beside the values.
+    """
+
+    def __init__(self, view: View, entropy: bool) -> None:
         self.view, self.mask = view, view.mask
         self.q, self.k, self.v = view.q.float(), view.k.float(), view.v.float()
         self.empty = (self.mask.high <= self.mask.low)[:, None]
-        self.out, keys_lse = self.call(self.v)
+        mixed, keys_lse = self.call(torch.cat([self.v, self.k], -1) if entropy else self.v)
         self.lse = keys_lse
         if view.sinks is not None:
             self.lse = torch.logaddexp(keys_lse, view.sinks.float()[:, None])
         self.lse = self.lse.masked_fill(self.empty, torch.inf)
         self.share = torch.exp(keys_lse - self.lse)
-        self.out = self.out * self.share[..., None]
+        mixed = mixed * self.share[..., None]
+        self.out, self.keys = mixed[..., : self.v.shape[-1]], mixed[..., self.v.shape[-1] :]
 
     def call(
-        self, values: Tensor, allowed: Callable[[Tensor, int, int], Tensor] | None = None
+        self,
+        values: Tensor,
+        mask: Mask | None = None,
+        allowed: Callable[[Tensor, int, int], Tensor] | None = None,
     ) -> tuple[Float[Tensor, "batch heads query dim"], Float[Tensor, "batch heads query"]]:
-        """Fused attention with other values, optionally over the keys that `allowed` leaves; its own lse."""
-        kind = self.mask.plain if allowed is None else ""
+        """Fused attention with other values, under another mask or over the keys that `allowed` leaves; its own lse."""
+        mask = self.mask if mask is None else mask
+        if self.view.needs_grad:
+            return tiled.attend(self.view.but(q=self.q, k=self.k, v=values, mask=mask, sinks=None))
+        kind = mask.plain if allowed is None else ""
         if kind:
             out, lse = attention(self.q, self.k, values, kind == "causal", None, self.view.scale)
         else:
             parts = []
             for a in range(0, self.view.queries, CHUNK):
                 b = min(self.view.queries, a + CHUNK)
-                first, last = self.mask.span(a, b)
+                first, last = mask.span(a, b)
                 if first == last:
                     first, last = 0, 1
                 index = torch.arange(a, b, device=self.q.device)
-                sees = self.mask.allowed(index, first, last)
+                sees = mask.allowed(index, first, last)
                 if allowed is not None:
                     sees = sees & allowed(index, first, last)
                 # garbage behind the mask may be NaN, and 0 x NaN is NaN
@@ -115,10 +135,13 @@ class Forms:
             out, lse = (torch.cat(p, 2) for p in zip(*parts, strict=True))
         return out, lse
 
-    def restricted(self, allowed: Callable[[Tensor, int, int], Tensor]) -> Float[Tensor, "batch heads query"]:
-        """Mass on the keys that `allowed` leaves."""
-        _, lse = self.call(self.v, allowed)
-        return torch.exp(lse - self.lse)
+    def near(self, before: int | None, behind: int) -> Mask:
+        """The mask, and of its keys only those up to so many tokens before and behind the row's own place."""
+        low, high, place = self.mask.low, self.mask.high, self.mask.position
+        high = torch.minimum(high, (place + behind + 1).to(high.dtype))
+        if before is not None:
+            low = torch.maximum(low, (place - before).to(low.dtype))
+        return replace(self.mask, low=torch.minimum(low, high), high=high)
 
     def columns(self, x: Float[Tensor, "#batch key columns"]) -> Float[Tensor, "batch heads query columns"]:
         """sum_j p_ij x_je, as many columns in one call as a head is wide."""
@@ -131,9 +154,10 @@ class Forms:
         return torch.cat(parts, -1)
 
     def entropy(self) -> Float[Tensor, "batch heads query"]:
-        mixed = self.call(self.k)[0] * self.share[..., None]
-        scores = self.view.scale * (self.q * mixed).sum(-1)
-        return torch.where(self.empty, 0.0, self.lse * self.share - scores).nan_to_num(0.0)
+        # rows that see nothing hold what may be anything, and 0 x inf is NaN
+        q = torch.where(self.empty[..., None], 0.0, self.q)
+        scores = self.view.scale * (q * self.keys).sum(-1)
+        return torch.where(self.empty, 0.0, self.lse.masked_fill(self.empty, 0.0) * self.share - scores)
 
     def distance(self) -> Float[Tensor, "batch heads query"]:
         # \sum p |i - j| = \sum p (j - i) + 2 \sum_{j <= i} p (i - j); positions are centred to keep the digits
@@ -146,26 +170,19 @@ class Forms:
         width = self.k.shape[-1]
         values = torch.nn.functional.pad(x, (0, width - 1))[:, None]
         values = values.expand(self.view.batch, self.view.kv_heads, -1, -1)
-        left, lse = self.call(
-            values, lambda r, a, b: self.mask.position[r][:, None] >= torch.arange(a, b, device=r.device)
-        )
+        left, lse = self.call(values, self.near(None, 0))
         mass = torch.exp(lse - self.lse)
         return self.columns(x)[..., 0] - i * self.share + 2 * mass * (i - left[..., 0])
 
     def within(self, width: int) -> Float[Tensor, "batch heads query"]:
-        position = self.mask.position
-
-        def near(index: Tensor, first: int, last: int) -> Tensor:
-            at = torch.arange(first, last, device=index.device)
-            return (at - position[index][:, None]).abs() <= width
-
-        return self.restricted(near)
+        return torch.exp(self.call(self.v, self.near(width, width))[1] - self.lse)
 
     def match(self, r: Match) -> Float[Tensor, "batch heads query"]:
         of_rows, of_keys = labels(self.view, r.link)
-        if r.link in ("self", "previous", "first"):
+        if r.link in PAIRS:
             return self.pair(of_rows)
-        return self.restricted(lambda i, a, b: (of_rows[:, i, None] == of_keys[:, None, a:b])[:, None])
+        _, lse = self.call(self.v, allowed=lambda i, a, b: (of_rows[:, i, None] == of_keys[:, None, a:b])[:, None])
+        return torch.exp(lse - self.lse)
 
     def pair(self, key: Tensor) -> Float[Tensor, "batch heads query"]:
         """Weight of one listed key per row; 0 where the row may not look there."""
@@ -175,7 +192,9 @@ class Forms:
         at = torch.where(sees, key, 0)[:, None, :, None].expand(-1, view.kv_heads, -1, self.k.shape[-1])
         k = self.k.gather(2, at)
         q = self.q.unflatten(1, (view.kv_heads, -1))
-        s = view.scale * (q * k[:, :, None]).sum(-1).flatten(1, 2)
+        # what a row may not see has no derivative either
+        q, k = (torch.where(sees[:, None, None, :, None], x, 0.0) for x in (q, k[:, :, None]))
+        s = view.scale * (q * k).sum(-1).flatten(1, 2)
         return torch.where(sees[:, None], torch.exp(s - self.lse), 0.0)
 
     def column_mass(self) -> Float[Tensor, "batch heads key"]:
