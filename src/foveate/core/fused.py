@@ -2,7 +2,7 @@ r"""Closed forms from the log-sum-exp: statistics of the weights from fused atte
 
 With p_ij = exp(s_ij - lse_i), and a fused kernel that returns lse:
 
-    entropy_i        = lse_i - scale q_i . (P K)_i            one call with the keys as values
+    entropy_i        = lse_i - scale q_i . (P K)_i            the keys beside the values in one call
     \sum_j p_ij x_j  = (P X)_i                                columns as values, up to a head's width in one call
     mass on a set    = exp(lse_i restricted to the set - lse_i)
     one listed pair  = exp(s_ij - lse_i)
