@@ -59,6 +59,7 @@ class Selective(Rule):
         ),
         use="Fine-tune a loaded model for long inputs at under 0.5 % more parameters.",
         misleads="Fresh, it moves a loaded model a little, by the places of its tokens; position=0 does not.",
+        claims=("query_temperature",),
     )
     identity: ClassVar[dict[str, Any] | None] = {"position": 0.0}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"position": 0.0}, {"position": 0.5})
