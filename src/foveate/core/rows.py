@@ -618,7 +618,8 @@ def by_blocks(
         rows = stages.cut(view, index)
         return rows.mix(), *(r.of_block(rows) for r in reductions)
 
-    for a in range(0, view.queries, block):
+    # the largest first: what it leaves free holds the others, where growing ones would each take new memory
+    for a in reversed(range(0, view.queries, block)):
         index = torch.arange(a, min(view.queries, a + block), device=view.q.device)
         if view.needs_grad:
             mixed, *values = checkpoint(run, index, view.q, view.k, view.v, use_reentrant=False)
@@ -630,5 +631,5 @@ def by_blocks(
                 parts[r] = [parts[r][0] + value]
             else:
                 parts[r].append(value)
-    joined = {r: p[0] if r.axis == "column" else torch.cat(p, 2) for r, p in parts.items()}
-    return torch.cat(out, 2).to(view.q.dtype), joined
+    joined = {r: p[0] if r.axis == "column" else torch.cat(p[::-1], 2) for r, p in parts.items()}
+    return torch.cat(out[::-1], 2).to(view.q.dtype), joined
