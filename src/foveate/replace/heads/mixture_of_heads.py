@@ -108,6 +108,7 @@ class MixtureOfHeads(Rule):
         misleads="queries that the model has normalised (Qwen 3, OLMo 2) have nearly the same norm in every head; "
         "of two routed heads, divided by their deviation, the longer always has the same score, which then has no "
         "gradient",
+        claims=("mixture_of_heads",),
     )
     identity: ClassVar[dict[str, Any] | None] = {"router": "norm", "active": 1.0}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = (
