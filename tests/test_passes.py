@@ -157,4 +157,6 @@ def test_what_the_kernel_refuses(change: dict[str, Any], says: str) -> None:
                 view.q, view.k, view.v, view.q, lse, lse,
                 scale=1.0, lo=view.mask.low, hi=view.mask.high, activation=activation,
             )  # fmt: skip
+    with pytest.raises(ValueError, match="distances need"):
+        native.attend(view.q, view.k, view.v, scale=1.0, lo=view.mask.low, hi=view.mask.high, want_distance=True)
     assert math.isfinite(float(lse[0, 0, 0]))

@@ -312,6 +312,27 @@ def test_fast_ways_refuse_gradients() -> None:
             assert attend(view, [one]).engine != "blocks"
 
 
+@dataclass(frozen=True)
+class Spread(Reduction):
+    """How many keys the block of a row has."""
+
+    def of_block(self, block: RowBlock) -> torch.Tensor:
+        WIDTHS.append(block.last - block.first)
+        return block.weights.sum(-1)
+
+
+WIDTHS: list[int] = []
+
+
+def test_blocks_come_from_the_largest_to_the_smallest() -> None:
+    """Memory that a block leaves free holds the next one; growing ones would each take more of it."""
+    WIDTHS.clear()
+    view = views.view("causal")
+    rows = attend(view, [Spread()], block=4)
+    assert len(WIDTHS) > 2 and sorted(WIDTHS, reverse=True) == WIDTHS
+    torch.testing.assert_close(rows.out, attend(view, engine="reference").out, rtol=1e-4, atol=1e-5)
+
+
 def test_backward_keeps_no_square_of_weights() -> None:
     long = views.view("causal", queries=256, keys=256, batch=1)
     long = replace(long, q=long.q.requires_grad_())

@@ -155,8 +155,8 @@ def attend(
     scale: float,
     lo: Tensor,
     hi: Tensor,
-    query_position: Tensor,
-    key_position: Tensor,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     tilt: Tensor | None = None,
@@ -191,8 +191,8 @@ def attend(
         scale: Factor of the dot products.
         lo: int32 [batch or 1, query].
         hi: int32 [batch or 1, query].
-        query_position: int32 [batch or 1, query], for `distance` and `within`.
-        key_position: int32 [batch or 1, key].
+        query_position: int32 [batch or 1, query], for `distance` and `within`, which must have them.
+        key_position: int32 [batch or 1, key], for these.
         softcap: c in c * tanh(score / c).
         sinks: [heads], one more logit per head that only takes part in the normalisation.
         tilt: [batch or 1, heads or 1, key], added to the scores after the soft cap; -inf takes a key out.
@@ -229,6 +229,10 @@ def attend(
     dtype = q.dtype
     q, k, v = (_rows(x) for x in (q, k, v))
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
+    if query_position is None or key_position is None:
+        if want_distance or within:
+            raise ValueError("distances need query_position and key_position")
+        query_position, key_position = (torch.zeros(1, n, dtype=torch.int32) for n in (queries, keys))
     query_position = _integers(query_position, "query_position", batch, queries)
     key_position = _integers(key_position, "key_position", batch, keys)
     pairs = [

@@ -382,7 +382,7 @@ def passed(
 ) -> Rows:
     """One pass over the rows of a call that its rule has prepared; arguments as of `attend`."""
     free = engine == "auto" and pattern is None and dtype is None
-    if free and schedule is None and not (given or wanted) and view.rule.plain and not REFUSALS["sdpa"](view, ()):
+    if free and schedule is None and not (given or wanted) and choose(view, (), view.rule.plain, dtype) == "sdpa":
         return Rows(view, sdpa(view), {}, "sdpa")
     unedited = view
     edits = tuple(e for e in given if e.whole_rows and e.acts(view.layer.index))

@@ -283,7 +283,6 @@ class Exact(torch.autograd.Function):
 def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """The forward pass by the CPU kernel."""
     tiles = call.tiles
-    at = torch.zeros(1, max(tiles.low.shape[1], tiles.count), dtype=torch.int32)
     found = native.attend(
         q,
         k,
@@ -291,8 +290,6 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
         scale=call.scale,
         lo=tiles.low.contiguous(),
         hi=tiles.high.contiguous(),
-        query_position=at[:, : tiles.low.shape[1]],
-        key_position=at[:, : tiles.count],
         softcap=call.softcap,
         ranges=tiles.ranges,
         activation=call.activation,

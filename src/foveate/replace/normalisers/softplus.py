@@ -150,7 +150,8 @@ class Reweighting:
     def of(cls, view: View, rule: Softplus) -> Reweighting | None:
         """From a first pass over the keys; None if a row is too near to uniform to be sharpened."""
         low, high = view.mask.low.contiguous(), view.mask.high.contiguous()
-        first = passed(view.q, view.k, view.v, low, high, "softplus", want_out=False, want_top=True)
+        asked: Any = {"activation": "softplus", "want_out": False, "want_top": True}
+        first = native.attend(view.q, view.k, view.v, scale=1.0, lo=low, hi=high, **asked)
         n = keys_seen(view.mask).clamp_min(1).to(first.lse)
         share = torch.where(n <= FEW, 0.0, rule.offset / n).expand_as(first.lse)
         cut = first.lse * share
@@ -162,28 +163,9 @@ class Reweighting:
 
     def sums(self, q: Tensor, k: Tensor, v: Tensor, power: int) -> tuple[Tensor, Tensor]:
         """Of u^power v and u^power over each row."""
-        found = passed(q, k, v, self.low, self.high, "soft_excess", shift=self.over, cut=self.cut, power=power)
+        which: Any = {"activation": "soft_excess", "shift": self.over, "cut": self.cut, "power": power}
+        found = native.attend(q, k, v, scale=1.0, lo=self.low, hi=self.high, **which)
         return found.out, found.lse
-
-
-def passed(
-    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, activation: str, **more: Any
-) -> native.NativeResult:
-    """One pass of the CPU kernel over scores that are whole already."""
-    nowhere = torch.zeros(1, max(q.shape[2], k.shape[2]), dtype=torch.int32)
-    places = nowhere[:, : q.shape[2]], nowhere[:, : k.shape[2]]
-    return native.attend(
-        q,
-        k,
-        v,
-        scale=1.0,
-        lo=low,
-        hi=high,
-        query_position=places[0],
-        key_position=places[1],
-        activation=activation,
-        **more,
-    )
 
 
 class Reweighted(torch.autograd.Function):
