@@ -6,9 +6,10 @@ import json
 import re
 
 import pytest
+from rich.console import Console
 
 from commands import here, process
-from foveate.cli.train_probe import duration, ends, number
+from foveate.cli.train_probe import duration, ends, number, show
 
 SMALL = ("--quick", "--steps", 3, "--seeds", 2, "--width", 8, "--workers", 1)
 
@@ -78,10 +79,27 @@ def test_the_command_is_named_as_people_type_it(tmp_path):
     assert "train-probe" in process("--help").stdout
 
 
+def test_numbers_stay_whole_on_a_narrow_screen(capsys):
+    columns = [{"measure": m, "title": m.replace("_", " "), "share": False} for m in ("loss", "late_loss", "peak")]
+    cells = [
+        {"measure": c["measure"], "at": at, "value": -1.2345, "low": -12.3456, "high": 12.3456, "seeds": 3}
+        for c in columns
+        for at in (32, 512)
+    ]
+    model = {"width": 4096, "parameters": 123_456_789, "state_bytes": 65536, "seconds": 600.0, "failed": 1}
+    rows = [{"mixer": mixer, "cells": cells} | model for mixer in ("softmax", "sigmoid:length=64")]
+    show(Console(width=80), {"rows": rows, "columns": columns, "trained_at": 32})
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("-1.234" in line and "(-12.346 to 12.346)" in line for line in lines) == 12
+    assert sum("late loss @ 512" in line and "softmax" in line and "4096" in line for line in lines) == 1
+    assert sum("sigmoid:length=64 (1 failed)" in line and "123,456,789" in line for line in lines) == 1
+
+
 def test_how_numbers_are_said():
     assert [duration(s) for s in (0.2, 40, 200, 7000)] == ["1 s", "40 s", "3 min", "1 h 57 min"]
     cell = {"value": 0.951, "low": 0.9, "high": 1.04}
-    assert number(cell, share=True) == "95% (90%-100%)" and number(cell, share=False) == "0.951 (0.900-1.040)"
-    assert number(None, share=True) == "–" and number(cell | {"low": None}, share=True) == "95%"
+    assert number(cell, share=True) == ("95%", "(90% to 100%)")
+    assert number(cell, share=False) == ("0.951", "(0.900 to 1.040)")
+    assert number(None, share=True) == ("–", "") and number(cell | {"low": None}, share=True) == ("95%", "")
     rows = [{"cells": [{"measure": "loss", "at": at} for at in (1, 2, 4)]}]
     assert ends(rows, "loss") == [1, 4] and ends(rows, "right") == []

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from foveate.training.run import Run
 
@@ -137,31 +138,10 @@ class Bars:
 
 
 def show(screen: Console, results: dict[str, Any]) -> None:
-    """A line for each rule and width."""
-    from rich import box
-    from rich.table import Table
-
-    from foveate.cli.cost import size
-
+    """The models, a line each, and below them what was measured, so that rules stand under each other."""
     rows = results["rows"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("rule", overflow="fold")
-    for title in ("width", "parameters", "state", "a run"):
-        table.add_column(title, justify="right", no_wrap=True)
-    shown = [(c, at) for c in results["columns"] for at in ends(rows, c["measure"])]
-    for column, at in shown:
-        table.add_column(column["title"] + ("" if at is None else f" @ {at:,}"), justify="right", overflow="fold")
-    for r in rows:
-        cells = {(c["measure"], c["at"]): c for c in r["cells"]}
-        table.add_row(
-            r["mixer"] + (f" ({r['failed']} failed)" if r["failed"] else ""),
-            str(r["width"]),
-            f"{r['parameters']:,}",
-            size(r["state_bytes"]),
-            f"{r['seconds']:.0f} s",
-            *(number(cells.get((column["measure"], at)), column["share"]) for column, at in shown),
-        )
-    screen.print(table)
+    screen.print(models(rows))
+    screen.print(measures(rows, results["columns"]))
     seeds = max((c["seeds"] for r in rows for c in r["cells"]), default=0)
     screen.print(
         f"[dim]state: what a sequence of {results['trained_at']:,} tokens leaves behind for the next"
@@ -170,18 +150,61 @@ def show(screen: Console, results: dict[str, Any]) -> None:
     )
 
 
+def models(rows: list[dict[str, Any]]) -> Table:
+    """What each model costs."""
+    from foveate.cli.cost import size
+
+    table = headed("rule", "width", "parameters", "state", "a run")
+    for r in rows:
+        table.add_row(
+            r["mixer"] + (f" ({r['failed']} failed)" if r["failed"] else ""),
+            str(r["width"]),
+            f"{r['parameters']:,}",
+            size(r["state_bytes"]),
+            f"{r['seconds']:.0f} s",
+        )
+    return table
+
+
+def measures(rows: list[dict[str, Any]], columns: list[dict[str, Any]]) -> Table:
+    """What each model can do, measure by measure."""
+    table = headed("measure", "rule", "width", "mean", "")
+    for column in columns:
+        for at in ends(rows, column["measure"]):
+            title = column["title"] + ("" if at is None else f" @ {at:,}")
+            for r in rows:
+                cells = {(c["measure"], c["at"]): c for c in r["cells"]}
+                mean, interval = number(cells.get((column["measure"], at)), column["share"])
+                table.add_row(title, r["mixer"], str(r["width"]), mean, interval)
+                title = ""
+            table.add_section()
+    return table
+
+
+def headed(*titles: str) -> Table:
+    """An empty table whose rules may be long, and whose numbers stay whole."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in titles:
+        word = title in ("rule", "measure")
+        table.add_column(title, justify="left" if word else "right", overflow="fold", no_wrap=not word)
+    return table
+
+
 def ends(rows: list[dict[str, Any]], measure: str) -> list[int | None]:
     """The lengths that a measure is shown at: the shortest and the longest."""
     found = list(dict.fromkeys(c["at"] for r in rows for c in r["cells"] if c["measure"] == measure))
     return found if len(found) < 3 else [found[0], found[-1]]
 
 
-def number(cell: dict[str, Any] | None, share: bool) -> str:
-    """A mean with its interval."""
+def number(cell: dict[str, Any] | None, share: bool) -> tuple[str, str]:
+    """A mean, and its interval where it has one."""
     if cell is None or cell["value"] is None:
-        return "–"
+        return "–", ""
     form = "{:.0%}" if share else "{:.3f}"
     if cell["low"] is None:
-        return form.format(cell["value"])
+        return form.format(cell["value"]), ""
     low, high = (min(1.0, max(0.0, v)) if share else v for v in (cell["low"], cell["high"]))
-    return f"{form.format(cell['value'])} ({form.format(low)}-{form.format(high)})"
+    return form.format(cell["value"]), f"({form.format(low)} to {form.format(high)})"

@@ -99,8 +99,8 @@ def whisper() -> dict[str, Any]:
 
 
 def gemma3() -> dict[str, Any]:
-    # the sixth layer is the first with full attention
-    return grouped(sliding_window=5, num_hidden_layers=7)
+    # left alone, the sixth layer is the first with full attention
+    return grouped(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 
 
 FAMILIES: dict[str, Family] = {

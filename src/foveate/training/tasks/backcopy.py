@@ -57,12 +57,12 @@ class Backcopy(TrainingTask):
 
     title: ClassVar[str] = "bigram-backcopy"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("sink", "on the first token", share=True),
-        Column("sink_at_triggers", "at triggers", share=True),
-        Column("value_drain", "its value"),
-        Column("residual_peak", "its residual"),
-        Column("copy_loss", "loss, triggers"),
-        Column("excess", "excess, others"),
+        Column("sink", "weight on the first token", share=True),
+        Column("sink_at_triggers", "the same, at triggers", share=True),
+        Column("value_drain", "norm of its value / others"),
+        Column("residual_peak", "norm of its residual / others"),
+        Column("copy_loss", "loss at triggers"),
+        Column("excess", "loss above the best elsewhere"),
     )
     plots: ClassVar[tuple[Plot, ...]] = (
         Plot(
