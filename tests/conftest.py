@@ -2,11 +2,13 @@
 
 Checking a call costs more than most calls do, and what it says depends on the kinds, shapes and dtypes of what goes in
 and comes out: of shapes only on which sizes are equal, where axes have names. So it is remembered: a function that
-comes by again with the same ones is not checked again.
+comes by again with the same ones is not checked again. Where no annotation speaks of shapes, checking costs less than
+remembering, and every call is checked.
 """
 
 from __future__ import annotations
 
+import builtins
 import functools
 import re
 from collections import defaultdict
@@ -42,6 +44,7 @@ known: dict[tuple[CodeType, str, str], Memory] = defaultdict(Memory)
 # how a kind of value is told, found once for each kind
 MUTE, ARRAY, WORD, SEVERAL, NAMED = range(5)
 ways: dict[type, int] = {}
+MISSING = object()
 
 
 def way(kind: type) -> int:
@@ -103,6 +106,17 @@ def by_name(thing: FunctionType) -> bool:
     return not re.search(r"[0-9+*/{}()-]", axes)
 
 
+def plain(thing: FunctionType) -> bool:
+    """Whether the annotations of a function can be looked up and speak of no shapes, under no name.
+
+    To be asked when it is called: all that they name is there then.
+    """
+    said = set(re.findall(r"[\w.]+", " ".join(map(str, thing.__annotations__.values()))))
+    known = vars(builtins) | thing.__globals__
+    roots = {word: known.get(word.partition(".")[0], MISSING) for word in said}
+    return not any(root is MISSING or "jaxtyping." in repr(root) for root in roots.values())
+
+
 def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
     """What the import hook decorates with: `jaxtyped`, with a memory."""
 
@@ -154,7 +168,19 @@ def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
                 outs.add(told)
             return out
 
-        return call
+        said = " ".join(map(str, thing.__annotations__.values()))
+        # functions inside of functions come into being at every call, and making a check takes long
+        if "<locals>" in thing.__qualname__ or re.search("[\"']", said):
+            return call
+        # made when it is called
+        lasting = functools.cache(lambda: typechecker(thing) if plain(thing) else call)
+
+        @functools.wraps(thing)
+        def every_time(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            return (thing if jaxtyping.config.jaxtyping_disable else lasting())(*args, **kwargs)
+
+        return every_time
 
     return decorate
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jaxtyping
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintParamViolation
 from jaxtyping import Float
 from torch import Tensor
 
-from conftest import checked, remembering
+from conftest import checked, plain, remembering
 from foveate.core.policy import best
 from foveate.probe.run import wilson
+
+if TYPE_CHECKING:
+    from pathlib import Path as Seldom
 
 SCORES, COUNTS = torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.long)
 
@@ -48,12 +54,43 @@ def test_what_comes_out_is_looked_at_although_the_same_went_in():
 def test_kinds_of_numbers_are_told_apart():
     wilson(1, 2)
     for wrong in ("1", None, [1]):
-        with pytest.raises(jaxtyping.TypeCheckError):
+        with pytest.raises(BeartypeCallHintParamViolation):
             wilson(wrong, 2)
 
 
 def test_annotations_can_be_off(unchecked):
     best(SCORES[0], COUNTS[0])
+    with pytest.raises(TypeError, match="unsupported operand"):
+        wilson("1", 2)
+
+
+Pairs = list[Float[Tensor, " n"]]
+
+
+def of_words(x: list[int], y: Tensor) -> str:
+    return ""
+
+
+def by_another_name(x: Pairs) -> None:
+    pass
+
+
+def out_of_sight(x: Seldom) -> int:
+    return 1
+
+
+def test_what_speaks_of_shapes():
+    assert plain(of_words) and not plain(by_another_name) and not plain(out_of_sight)
+    function = remembering(typechecker=checked)(of_words)
+    for _ in range(2):
+        assert function([1, 2], torch.zeros(2)) == ""
+        with pytest.raises(BeartypeCallHintParamViolation):
+            function([1, "2"] * 40, torch.zeros(3, 1).tolist())
+    assert remembering(typechecker=checked)(out_of_sight)(2) == 1
+    gives = remembering(typechecker=checked)(by_another_name)
+    gives([torch.zeros(2)])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        gives([torch.zeros(2, 3)])
 
 
 def test_sizes_are_told_apart_by_name_alone_where_axes_have_names():

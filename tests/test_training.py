@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -185,6 +186,23 @@ def test_a_copied_string_is_the_string():
         Copying(shortest=9, most=8)
 
 
+def test_strings_are_judged_by_their_characters_and_as_a_whole(monkeypatch):
+    task, seen = Copying(shortest=2, most=5, letters=3, longer=2), []
+
+    def answers(self, batch):
+        right = torch.ones(batch.targets.shape, dtype=torch.bool)[batch.targets != NOT_ASKED].view(4, -1)
+        seen.append(right.shape[1] - 1)
+        # one letter of one string, and the end of all, which is no letter
+        right[0, 0] = right[:, -1] = False
+        return right.float().flatten(), right.flatten()
+
+    monkeypatch.setattr(Decoder, "answers", answers)
+    found = {(m.name, m.at): m.value for m in task.judge(a_model(task=task), draw(), 4)}
+    assert seen == [5, 10]
+    assert found["right", 5] == 19 / 20 and found["right", 10] == 39 / 40
+    assert found["whole", 5] == found["whole", 10] == 3 / 4
+
+
 def test_what_follows_the_token_that_stands_out_is_asked_for():
     task = Induction(length=13, tokens=5, times=3)
     batch = task.batch(draw(), 60)
@@ -195,6 +213,23 @@ def test_what_follows_the_token_that_stands_out_is_asked_for():
         assert y == [x[at[0] + 1] if n in at[1:] else NOT_ASKED for n in range(13)]
     with pytest.raises(BadParameter, match="give length=10 or more"):
         Induction(length=9, times=5)
+
+
+def test_induction_is_judged_at_every_length(monkeypatch):
+    task, seen = Induction(length=12, tokens=5, times=3, longer=4), []
+
+    def answers(self, batch):
+        seen.append(batch.inputs.shape)
+        return torch.zeros(4), torch.tensor([True, False, True, True])
+
+    monkeypatch.setattr(Decoder, "answers", answers)
+    found = {m.at: m.value for m in task.judge(a_model(task=task), draw(), 2)}
+    assert seen == [(2, 12), (2, 24), (2, 48)] and found == {12: 0.75, 24: 0.75, 48: 0.75}
+
+
+def test_rare_characters_are_one_token():
+    ids, many = encoded("aab-abc", 2)
+    assert many == 3 and ids.tolist() == [0, 0, 1, 2, 0, 1, 2]
 
 
 def test_a_character_model_never_trains_on_what_it_is_judged_by():
@@ -295,6 +330,33 @@ def test_the_short_convolution_by_hand():
     assert torch.allclose(block.read(x)[0], u + before + block.short.bias, atol=1e-6)
 
 
+def test_a_model_starts_small_and_smaller_where_it_writes():
+    model = a_model(width=128, feed_forward=2)
+    for block in model.blocks:
+        attention, feed_forward = block.attention, block.feed_forward
+        assert not attention.v_proj.bias.any() and not attention.o_proj.bias.any()
+        for p in (attention.q_proj.weight, attention.v_proj.weight, feed_forward[1].weight):
+            assert p.std().item() == pytest.approx(0.02, rel=0.05)
+        # two parts of each of two layers add to the residual stream
+        for p in (attention.o_proj.weight, feed_forward[3].weight):
+            assert p.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@torch.no_grad()
+def test_what_a_size_says_is_there():
+    ids = torch.randint(32, (1, 9), generator=draw())
+    shuffled = torch.cat([ids[:, torch.tensor([3, 1, 0, 2, 6, 4, 7, 5])], ids[:, -1:]], 1)
+    # without positions, one layer sees a set of tokens
+    model = a_model(rope=0.0, layers=1).eval()
+    assert torch.allclose(model(ids)[:, -1], model(shuffled)[:, -1], atol=1e-6)
+    model = a_model(layers=1).eval()
+    assert not torch.allclose(model(ids)[:, -1], model(shuffled)[:, -1], atol=1e-6)
+    model = a_model(feed_forward=2).eval()
+    stages = dict(model.stages(ids))
+    part = model.blocks[1].feed_forward(stages["layer 1, attention"])
+    assert torch.equal(stages["layer 1, feed-forward"], stages["layer 1, attention"] + part) and part.any()
+
+
 def test_positions_that_are_learnt_have_an_end():
     model = a_model(places=16, rope=0.0)
     assert model(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 8)
@@ -356,6 +418,15 @@ class Drawn(Rule):
 
     def loss(self, rows):
         return (rows.view.learned["n"] - 1).square().sum()
+
+
+@dataclass(frozen=True)
+class Unlucky(Rule):
+    """Goes wrong in one layer where a number that it draws is large."""
+
+    def finish(self, view, out):
+        drawn = torch.rand(())
+        return out * torch.nan if view.training and view.layer.index == 1 and drawn > 0.8 else out
 
 
 @dataclass(frozen=True)
@@ -421,6 +492,46 @@ def test_seeds_differ_and_nothing_else_does():
     assert not same(train(a_run(seed=1, steps=3)).model, train(a_run(steps=3)).model)
 
 
+def test_each_seed_trains_and_is_judged_on_sequences_of_its_own(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Mqar, "judge", lambda self, model, draw, count: drawn.append(draw.initial_seed()) or [])
+    for seed in (0, 1):
+        run = a_run(seed=seed)
+        with settled(run):
+            training = loops.Training(run)
+            drawn.append(training.draw.initial_seed())
+            training.judged()
+    assert len(set(drawn)) == 4
+
+
+def test_a_step_follows_the_settings():
+    run = replace(a_run(), optimisation=Optimisation(steps=4, batch=4, rate=0.5, warmup=0.5, decay=0.25))
+    with settled(run):
+        training = loops.Training(run)
+        for n in range(4):
+            training.step()
+            training.done += 1
+            (group,) = training.optimiser.param_groups
+            assert (group["lr"], group["weight_decay"]) == (rate(run.optimisation, n), 0.25)
+
+
+def test_a_model_is_judged_as_it_is_used_and_trained_on_as_before(monkeypatch):
+    modes = []
+    step, judge = Decoder.loss, Mqar.judge
+    monkeypatch.setattr(Decoder, "loss", lambda self, batch: (modes.append(self.training), step(self, batch))[1])
+    monkeypatch.setattr(Mqar, "judge", lambda self, m, *a: (modes.append(m.training), judge(self, m, *a))[1])
+    train(a_run(steps=2, every=1))
+    assert modes == [True, False, True, False]
+
+
+def test_losses_are_means_over_parts():
+    told = []
+    losses = train(a_run(steps=13), tell=lambda step, loss: told.append(loss)).losses
+    # the last of seven parts is one step
+    want = [sum(told[n : n + 2]) / len(told[n : n + 2]) for n in range(0, 13, 2)]
+    assert losses == pytest.approx(want, rel=1e-9)
+
+
 def test_all_mixers_see_the_same_sequences():
     found = []
     for mixer in ("softmax", "gated_convolution"):
@@ -470,7 +581,14 @@ def test_one_checkpoint_is_kept_and_a_half_written_one_is_never_read(tmp_path):
     # interrupted while the next one was being written
     (tmp_path / "step-10.safetensors").write_bytes(b"half")
     (tmp_path / "checkpoint.json.part").write_text("{")
-    assert same(train(a_run(), tmp_path).model, whole.model)
+    index = tmp_path / "checkpoint.json"
+    kept = json.loads(index.read_text())
+    kept["notes"]["seconds"] = 1000.0
+    index.write_text(json.dumps(kept))
+    again = train(a_run(), tmp_path)
+    assert same(again.model, whole.model)
+    # what has been spent counts, and the time in between does not
+    assert 1000 < again.seconds < 1000 + 600
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -488,6 +606,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     Spoilt.steps.clear()
     with pytest.raises(Diverged, match="stopped at step 9"):
         train(a_run("relu"), tmp_path)
+
+
+def test_what_went_wrong_by_chance_is_found_where_it_was(monkeypatch):
+    with_rule(monkeypatch, Unlucky())
+    with pytest.raises(Diverged, match="the loss is nan, first in layer 1, attention"):
+        train(a_run("relu", steps=100))
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(monkeypatch):
@@ -611,6 +735,8 @@ def test_a_run_that_fails_does_not_stop_the_others(monkeypatch):
     failed, good = rows(outcomes)
     assert (failed.mixer, failed.failed, failed.cells) == ("relu", 1, ()) and good.failed == 0
     told = to_json(experiment, outcomes)
+    # a single seed has no interval
+    assert told["rows"][1]["cells"][0]["low"] is None
     assert "stopped at step 5" in page(told)
 
 
@@ -619,7 +745,8 @@ def test_side_by_side_gives_the_same_numbers(tmp_path):
     apart = experiment.carry_out(tmp_path, tell=lambda run, step, loss: told.append((run, step)), workers=2)
     for a, b in zip(apart, experiment.carry_out(), strict=True):
         assert a.run == b.run and a.result["measures"] == b.result["measures"]
-    assert {(run, 4) for run in experiment.runs} <= set(told)
+    # the first step is told by the process, the last when the run has ended
+    assert {(run, step) for run in experiment.runs for step in (1, 4)} <= set(told)
 
 
 def dies(run, folder, tell):
@@ -696,7 +823,13 @@ def test_the_time_is_that_of_steps_and_measurements(monkeypatch):
     monkeypatch.setattr("foveate.training.experiment.cost", lambda run: {"softmax": 2.0, "relu": 3.0}[run.mixer])
     assert experiment.seconds() == 10.0 and experiment.seconds(workers=2) == 5.0
     assert experiment.seconds(workers=9) == 3.0
-    assert 0 < loops.cost(a_run()) < 10
+
+
+def test_the_time_of_a_run_is_that_of_a_few_steps_and_of_a_part_of_a_measurement(monkeypatch):
+    # three steps take three seconds, a quarter of a measurement two
+    times = iter((0.0, 3.0, 10.0, 12.0))
+    monkeypatch.setattr(loops, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert loops.cost(a_run(steps=12, every=5)) == 12 * 1 + (1 + 2) * 8
 
 
 @pytest.mark.parametrize("name", task_names())
@@ -716,7 +849,10 @@ def test_an_experiment_that_cannot_be(monkeypatch):
         usual(Mqar, text=LETTERS)
     with pytest.raises(UnknownName, match="parameter of relu"):
         usual(Mqar, ["relu:bias=1"])
-    assert usual(Characters, text=LETTERS * 10, widths=[16, 32], steps=5, quick=True).described()["width"] == [16, 32]
+    with pytest.raises(BadInput, match="Agent has no causal form"):
+        usual(Mqar, ["agent"])
+    made = usual(Characters, text=LETTERS * 10, widths=[16, 32], steps=5, quick=True).described()
+    assert made["width"] == [16, 32] and made["steps"] == 5
 
 
 # ---------------------------------------------------------------- the page
