@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -169,8 +170,9 @@ def remembering(*, typechecker: Any) -> Callable[[Any], Any]:
             return out
 
         said = " ".join(map(str, thing.__annotations__.values()))
-        # functions inside of functions come into being at every call, and making a check takes long
-        if "<locals>" in thing.__qualname__ or re.search("[\"']", said):
+        # functions inside of functions come into being at every call, and making a check takes long; what checks a
+        # generator holds what went in as long as it runs
+        if "<locals>" in thing.__qualname__ or re.search("[\"']", said) or inspect.isgeneratorfunction(thing):
             return call
         # made when it is called
         lasting = functools.cache(lambda: typechecker(thing) if plain(thing) else call)

@@ -35,8 +35,14 @@ def jsonable(value: Any, cls: str, name: str) -> Any:
     raise BadInput(f"{cls}({name}=…) holds a {type(value).__name__}, which a plan cannot keep; use it with `attach`")
 
 
-def read(found: dict[str, Any]) -> Mechanism:
-    """A mechanism from JSON."""
+def read(found: Any) -> Mechanism:
+    """A mechanism from JSON, which may be of any form.
+
+    Raises:
+        KeyError, TypeError: it is not of this one.
+        BadInput: a parameter that the mechanism has not.
+        UnknownName: no mechanism is called so.
+    """
     cls = registry.find(found["name"])
     known = {f.name for f in dataclasses.fields(cls)}
     given = {k: tuples(v) for k, v in found["parameters"].items()}
