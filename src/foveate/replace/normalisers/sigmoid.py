@@ -66,6 +66,7 @@ class Sigmoid(Rule):
         "Learned sinks of a model have no part in it, for nothing is normalised",
         use="to train a model whose weights do not compete, without attention sinks",
         misleads="a loaded model is not as it was: the sum of its rows now follows the size of its scores; train it on",
+        claims=("sigmoid_bias",),
     )
     test_params: ClassVar = ({}, {"length": 64}, {"length": 1})
 
