@@ -1,7 +1,8 @@
 """What a compressed KV cache costs and saves, beside transformers' dynamic cache and kvpress.
 
     python bench/cache.py decode  [--tokens 2048 4096 8192] [--batch 1 8] [--rounds 5] [--kinds NAME ...] [--again]
-    python bench/cache.py prompt  [--tokens 2048 4096 8192] [--rounds 2] [--kinds NAME ...] [--kvpress PYTHON] [--again]
+    python bench/cache.py prompt  [--tokens 2048 4096 8192] [--batch 1] [--rounds 2] [--kinds NAME ...]
+                                  [--kvpress PYTHON] [--again]
 
 `decode`: one process. Caches are filled with random keys and values (time does not depend on what stands in them), as
 many entries per head as the policy keeps, drawn at random. Each round decodes 4 tokens with transformers' dynamic cache
@@ -9,8 +10,9 @@ and then 16 with ours, in which entries are scored and dropped once; ratios are 
 quartiles reported. `all` keeps everything, `half`, `quarter` and `tenth` drop nothing while they decode.
 
 `prompt`: every measurement in a process of its own: seconds to the first token of a real text, seconds per token of the
-8 behind it, bytes held after them, and the peak of resident memory; ratios to transformers inside a round. `--kvpress`
-names a Python with kvpress installed (it needs transformers below 5.3), whose presses run beside ours.
+8 behind it, bytes held after them, and the peak of resident memory; ratios to transformers, which is measured between
+two kinds in each round. `--kvpress` names a Python with kvpress installed (it needs transformers below 5.3), whose
+presses run beside ours.
 
 Figures are kept by kind and size in bench/results: what is there is measured again only with --again.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -197,8 +200,8 @@ def decode_line(key: str, rounds: list[dict]) -> str:
 # ---------------------------------------------------------------- prompts
 
 
-def prompt_worker(kind: str, tokens: int) -> dict:
-    """One prompt and a few tokens behind it, in this process."""
+def prompt_worker(kind: str, tokens: int, batch: int) -> dict:
+    """Prompts and a few tokens behind them, in this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -208,7 +211,7 @@ def prompt_worker(kind: str, tokens: int) -> dict:
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = torch.tensor([tokenizer(text, verbose=False).input_ids[:tokens]])
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids[: tokens * batch]).view(batch, tokens)
     where, _, name = kind.partition(":")
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), ExitStack() as stack:
@@ -229,7 +232,7 @@ def prompt_worker(kind: str, tokens: int) -> dict:
         between = time.perf_counter()
         for n in range(PROMPT_TOKENS):
             # the places go on behind the whole prompt, whatever a press has dropped of it
-            place = torch.tensor([[tokens + n]])
+            place = torch.full((batch, 1), tokens + n)
             model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True, position_ids=place)
         ended = time.perf_counter()
         if where == "foveate":
@@ -246,26 +249,28 @@ def prompt(args: argparse.Namespace) -> None:
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
     file = OUT / "cache_prompt.json"
     result = json.loads(file.read_text()) if file.exists() else {}
-    mine = [f"foveate:{k}" for k in kinds(args.kinds, ("all",))]
+    mine = [f"foveate:{k}" for k in kinds(args.kinds, tuple(SHARES))]
     if args.kvpress:
         mine += [f"kvpress:{p}" for p in PRESSES if not args.kinds or p in args.kinds]
-    for tokens in args.tokens:
-        for kind in mine:
-            key = f"{tokens} {kind}"
-            if key in result and not args.again:
-                continue
-            result[key] = [
-                {who: measured(who, tokens, args.kvpress, env) for who in ("transformers", kind)}
-                for _ in range(args.rounds)
-            ]
-            print(prompt_line(key, result[key]), flush=True)
+    for tokens, batch in itertools.product(args.tokens, args.batch):
+        size = f"{tokens} x {batch}"
+        left = [kind for kind in mine if args.again or f"{size} {kind}" not in result]
+        for n in range(0, len(left), 2):
+            pair = left[n : n + 2]
+            # transformers between two kinds, so that it stands beside both
+            order = [pair[0], "transformers", *pair[1:]]
+            rounds = [{who: measured(who, size, args.kvpress, env) for who in order} for _ in range(args.rounds)]
+            for kind in pair:
+                key = f"{size} {kind}"
+                result[key] = [{who: found[who] for who in ("transformers", kind)} for found in rounds]
+                print(prompt_line(key, result[key]), flush=True)
             save(file, result)
 
 
-def measured(kind: str, tokens: int, kvpress: str | None, env: dict) -> dict:
+def measured(kind: str, size: str, kvpress: str | None, env: dict) -> dict:
     """What a process of its own says of one kind."""
     python = kvpress if kind.startswith("kvpress") else sys.executable
-    command = [python, __file__, "worker", kind, str(tokens)]
+    command = [python, __file__, "worker", kind, *size.split(" x ")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     last = said[-1] if said else f"ended with {done.returncode}"
@@ -273,19 +278,21 @@ def measured(kind: str, tokens: int, kvpress: str | None, env: dict) -> dict:
 
 
 def prompt_line(key: str, rounds: list[dict]) -> str:
-    tokens, kind = key.split(" ")
+    size, kind = key.rsplit(" ", 1)
+    tokens, batch = size.split(" x ")
     base, fine = "transformers", [r for r in rounds if "failed" not in r[kind]]
     if not fine:
-        return f"| {int(tokens):,} | {kind} | {rounds[0][kind]['failed']} | | | | | |"
+        return f"| {int(tokens):,} | {batch} | {kind} | {rounds[0][kind]['failed']} | | | | | |"
     cells = []
     for what in ("seconds", "token"):
         ratios = [r[kind][what] / r[base][what] for r in fine]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     held, peak = (statistics.median(r[kind][x] for r in fine) for x in ("bytes", "peak"))
     whole, plain = (statistics.median(r[base][x] for r in fine) for x in ("bytes", "peak"))
+    seconds = statistics.median(r[kind]["seconds"] for r in fine)
     return (
-        f"| {int(tokens):,} | {kind} | {statistics.median(r[kind]['seconds'] for r in fine):.2f} | {cells[0]} | "
-        f"{cells[1]} | {held / 1e6:.1f} | {held / whole:.3f} | {(peak - plain) / 1e6:+.0f} |"
+        f"| {int(tokens):,} | {batch} | {kind} | {seconds:.2f} | {cells[0]} | {cells[1]} | "
+        f"{held / 1e6:.1f} | {held / whole:.3f} | {(peak - plain) / 1e6:+.0f} |"
     )
 
 
@@ -316,11 +323,11 @@ def save(file: Path, result: dict) -> None:
     found = OUT / "cache_prompt.json"
     if found.exists():
         lines = [
-            f"`python bench/cache.py prompt`: a prompt and {PROMPT_TOKENS} tokens, batch 1; a quarter is kept or read",
+            f"`python bench/cache.py prompt`: a prompt and {PROMPT_TOKENS} tokens; policies keep or read a quarter",
             "",
-            "| tokens | cache | s to first token | x transformers (range) | each token, x transformers (range) | "
-            "MB held | share | peak MB over transformers |",
-            "|---|---|---|---|---|---|---|---|",
+            "| tokens | batch | cache | s to first token | x transformers (range) | each token, x transformers (range) "
+            "| MB held | share | peak MB over transformers |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [prompt_line(key, rounds) for key, rounds in ordered(found)]
         page.append("\n".join(lines))
@@ -335,18 +342,19 @@ def ordered(file: Path) -> list[tuple[str, list[dict]]]:
 
 def main() -> None:
     if sys.argv[1:2] == ["worker"]:
-        print(json.dumps(prompt_worker(sys.argv[2], int(sys.argv[3]))))
+        print(json.dumps(prompt_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("decode", "prompt"), nargs="?", default="decode")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=None, help="default: 1 8; of prompts 1")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--kinds", nargs="+", default=None, metavar="NAME", help="policies by name; default: all")
     parser.add_argument("--again", action="store_true", help="measure again what is in the results")
     parser.add_argument("--kvpress", default=None, help="a Python with kvpress; left out when not given")
     args = parser.parse_args()
     args.rounds = args.rounds or {"decode": 5, "prompt": 2}[args.what]
+    args.batch = args.batch or {"decode": [1, 8], "prompt": [1]}[args.what]
     {"decode": decode, "prompt": prompt}[args.what](args)
 
 
