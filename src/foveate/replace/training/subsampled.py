@@ -82,6 +82,7 @@ class Subsampled(Rule):
         use="Train on long texts for less, with less overfitting; then tune the last steps with every=1.",
         misleads="under a sliding window of the model's own shorter than 2 every - 1 a row may see nothing and give "
         "zeros",
+        claims=("subsampled_training",),
     )
     identity: ClassVar[dict[str, Any] | None] = {"every": 1}
     test_params: ClassVar[tuple[dict[str, Any], ...]] = (
