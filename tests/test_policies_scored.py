@@ -194,7 +194,7 @@ def test_expected_attention_of_later_rounds_under_a_sliding_window():
     width, calls = model.config.sliding_window, []
     policy = ExpectedAttention(Budget(24, sinks=2, recent=3, every=3), window=12)
     run(model, padded_ids(ids_of(), padding), Recorded(policy, calls, policy.limits), padding, chunks=(14, 30))
-    assert [held.rows.view.queries for held, _ in calls[:: model.config.num_hidden_layers]] == [14, 16, 11, 3, 3]
+    assert [held.rows.view.queries for held, _ in calls[:: model.config.num_hidden_layers]] == [14, 16, 11, 3, 3, 3]
     left = 0
     for held, got in calls:
         view, end = held.rows.view, int(held.rows.view.mask.position[-1])
@@ -293,6 +293,7 @@ def test_no_more_than_one_chunk_is_cut_in_a_padded_batch_and_a_prompt_in_pieces(
         policy,
         padding,
         chunks=(30,),
+        steps=9,
         after=lambda layers: seen.append([one.store.positions() for one in layers]),
     )
     for end, layers in zip((30, 41), seen[:2], strict=True):

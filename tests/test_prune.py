@@ -226,7 +226,7 @@ def test_heads_that_are_left_are_counted_anew() -> None:
 
 
 def test_layers_keep_their_numbers() -> None:
-    model = tiny.model("llama", num_hidden_layers=7)
+    model = tiny.model("gemma3", num_hidden_layers=7, layer_types=None)
     plain = [layer.index for layer in attention_layers(model).values()]
     with attach(model, PartRemoval(attention=(0, 3)), Entropy()) as attached:
         assert [layer.index for layer in attention_layers(model).values()] == plain
@@ -234,7 +234,7 @@ def test_layers_keep_their_numbers() -> None:
     found = attached.results.heads
     assert sorted(set(found.layer)) == [1, 2, 4, 5, 6]
     pruner, edit = PartRemoval(attention=(0, 3)), HeadScale(heads=((3, 0, 0.0), (4, 0, 0.0)))
-    with pytest.raises(BadInput, match="names layers 3 of Llama"), attach(model, pruner, edit):
+    with pytest.raises(BadInput, match="names layers 3 of Gemma3"), attach(model, pruner, edit):
         pass
 
 

@@ -143,7 +143,7 @@ def test_a_model_without_a_residual_stream_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_layers_that_are_not_named_are_left_alone() -> None:
-    model, given = tiny.model("llama", num_hidden_layers=7), tiny.inputs("llama")
+    model, given = tiny.model("gemma3", num_hidden_layers=7, layer_types=None), tiny.inputs("gemma3")
     before, _ = residual_streams(model, **given)
     with attach(model, ShiftVectors(vectors(32, layer=3))):
         after, _ = residual_streams(model, **given)

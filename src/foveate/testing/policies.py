@@ -39,8 +39,7 @@ __all__ = [
 ]
 
 PROMPT = 41
-# two rounds of dropping, and a step behind the last
-STEPS = 7
+STEPS = 9
 # room for a choice: 41 tokens, of which about 16 stay
 SMALL: dict[str, Any] = {"keep": 0.4, "sinks": 2, "recent": 3, "every": 3}
 
