@@ -27,7 +27,7 @@ import transformers.modeling_utils  # noqa: F401 - while the hook below imports,
 from beartype import BeartypeConf, beartype
 
 # an int is good where a float is asked for, as for every other type checker
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 jaxtyped = jaxtyping.jaxtyped
 
 
@@ -113,7 +113,8 @@ def plain(thing: FunctionType) -> bool:
     To be asked when it is called: all that they name is there then.
     """
     said = set(re.findall(r"[\w.]+", " ".join(map(str, thing.__annotations__.values()))))
-    known = vars(builtins) | thing.__globals__
+    # two words that are no names
+    known = vars(builtins) | thing.__globals__ | {"None": None, "": ...}
     roots = {word: known.get(word.partition(".")[0], MISSING) for word in said}
     return not any(root is MISSING or "jaxtyping." in repr(root) for root in roots.values())
 
