@@ -13,6 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 WITHIN = (3, 0, 40)
+# of 65 keys of 16 channels, in two groups
+CODES = torch.zeros(2, 2, 65, 16, dtype=torch.uint8), torch.zeros(2, 2, 65, 2, 2, dtype=torch.bfloat16)
 ROW_FIELDS = ("out", "lse", "entropy", "distance", "within", "match", "extra")
 
 
@@ -212,6 +214,72 @@ def test_half_precision(dtype):
     check(given, got)
 
 
+def test_bfloat16_is_read_as_it_stands(monkeypatch):
+    given = inputs(queries=3, keys=300, dtype=torch.bfloat16)
+    wide = attend_all(given | {name: given[name].float() for name in "qkv"})
+    largest, widen = [], Tensor.float
+
+    def watched(x: Tensor) -> Tensor:
+        largest.append(x.numel())
+        return widen(x)
+
+    monkeypatch.setattr(Tensor, "float", watched)
+    got = attend_all(given)
+    assert max(largest) < given["k"].numel()
+    assert torch.equal(got.out, wide.out.bfloat16())
+    for field in (*ROW_FIELDS[1:], "column"):
+        assert torch.equal(getattr(got, field), getattr(wide, field)), field
+
+
+def coded(rows: Tensor, width: int, bits: int, groups: int, seed: int) -> tuple[native.Codes, Tensor]:
+    """Random codes in the shape of some rows, and what they stand for."""
+    rng = torch.Generator().manual_seed(seed)
+    shape, top = rows.shape[:-1], 2**bits - 1
+    whole = torch.randint(0, top + 1, (*shape, width), generator=rng)
+    grid = torch.rand(*shape, 2, groups, generator=rng) - torch.tensor([[0.5], [0.0]])
+    grid = (grid * torch.tensor([[1.0], [4 / top]])).bfloat16()
+    half = width // 2
+    codes = whole if bits == 8 else whole[..., :half] + 16 * whole[..., half:]
+    middle, step = grid.double().repeat_interleave(width // groups, -1).unbind(-2)
+    decoded = middle + step * (whole - top / 2)
+    return native.Codes(codes.to(torch.uint8), grid, bits), decoded.float()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((256, 8), (256, 1))])
+@pytest.mark.parametrize(("kind", "queries", "keys"), [("random", 1, 300), ("causal", 3, 600), ("window", 200, 300)])
+def test_codes(bits, width, values, kind, queries, keys):
+    given = inputs(kind, queries=queries, keys=keys, width=width[0], values=values[0])
+    k, keys_there = coded(given["k"], width[0], bits, width[1], 1)
+    v, values_there = coded(given["v"], values[0], bits, values[1], 2)
+    got = attend_all(given | {"k": k, "v": v})
+    check(given | {"k": keys_there, "v": values_there}, got)
+    plain = attend_all(given | {"k": keys_there, "v": v})
+    assert torch.equal(plain.lse, attend_all(given | {"k": keys_there}).lse)
+    torch.testing.assert_close(plain.out, got.out, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+def test_codes_with_an_index_and_in_any_layout(queries):
+    given = inputs("random", queries=queries, keys=300)
+    index = torch.randint(0, 300, (2, 300), generator=torch.Generator().manual_seed(3)).int()
+    codes, there = coded(given["k"], 16, 8, 2, 1)
+    want = attend_all(given | {"k": there}, index=index)
+    apart = native.Codes(*(torch.stack([x, x], -1)[..., 0] for x in (codes.codes, codes.grid)), 8)
+    for k in (codes, apart):
+        got = attend_all(given | {"k": k}, index=index)
+        for field in (*ROW_FIELDS, "column"):
+            torch.testing.assert_close(getattr(got, field), getattr(want, field), atol=1e-5, rtol=1e-5)
+
+
+def test_one_list_of_codes_serves_all():
+    given = inputs(queries=1, keys=90) | {"within": (), "match": (), "extra": None}
+    codes, there = coded(torch.empty(90, 16), 16, 4, 2, 1)
+    got = native.attend(**given | {"k": codes.expand(2, 2, 90, 16)})
+    want = native.attend(**given | {"k": there.expand(2, 2, 90, 16)})
+    torch.testing.assert_close(got.out, want.out, atol=4e-6, rtol=0)
+
+
 def test_layouts_agree():
     given = inputs()
     want = attend_all(given)
@@ -361,8 +429,25 @@ def test_no_queries_and_no_keys():
         ({"softcap": -1.0}, "softcap must be positive"),
         ({"index": torch.full((2, 65), 65, dtype=torch.int32)}, "index must be from 0 to 64"),
         ({"index": torch.zeros(3, 65, dtype=torch.int32)}, "index must be int32"),
+        ({"k": native.Codes(*CODES, 4)}, "do not fit together"),
     ],
 )
 def test_bad_inputs_raise(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         attend_all(inputs() | change)
+
+
+@pytest.mark.parametrize(
+    ("codes", "grid", "bits", "sentence"),
+    [
+        (*CODES, 5, "of 5 bits"),
+        (CODES[0].float(), CODES[1], 8, "got float32"),
+        (CODES[0], CODES[1].float(), 8, "with float32"),
+        (CODES[0], CODES[1][..., :0], 8, "share out the channels"),
+        (CODES[0], torch.zeros(2, 2, 65, 2, 3).bfloat16(), 8, "share out the channels"),
+        (CODES[0], CODES[1][:, :, :64], 8, "got uint8"),
+    ],
+)
+def test_codes_that_are_none(codes, grid, bits, sentence):
+    with pytest.raises(ValueError, match=f"codes must be uint8 .*{sentence}"):
+        native.Codes(codes, grid, bits)

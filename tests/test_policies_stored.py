@@ -12,6 +12,7 @@ import torch
 import foveate
 from foveate.compress import HeavyHitters, MergeDropped, Quantised, Streaming
 from foveate.compress.cache import merge_dropped
+from foveate.core import native
 from foveate.core.budget import Budget
 from foveate.core.cache import ragged_layers
 from foveate.core.errors import BadInput, BadParameter
@@ -19,7 +20,7 @@ from foveate.core.mask import Mask
 from foveate.core.mechanism import Policy
 from foveate.core.packed import IntegerRows, grouping, rotation
 from foveate.core.policy import Held
-from foveate.core.ragged import EMPTY, Packed
+from foveate.core.ragged import EMPTY, Packed, Ragged
 from foveate.core.rows import Rows, View
 from foveate.testing import check_mechanism, tiny
 from foveate.testing.policies import decoded, ids_of, left_padded, padded_ids, run
@@ -229,6 +230,42 @@ def test_bytes(bits, most, width):
     held = sum(t.nbytes for t in vars(made).values() if isinstance(t, torch.Tensor))
     assert held == 1000 * Quantised(bits).row_bytes(width, torch.float32)
     assert held <= most * 1000 * width * 4
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernel is not built")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoded_tokens_read_codes_as_they_stand(bits, monkeypatch):
+    model, ids = tiny.model("llama"), ids_of()
+    with torch.no_grad(), foveate.attach(model, Quantised(bits)) as attached:
+        cache = attached.model(ids[:, :41]).past_key_values
+        monkeypatch.setattr(native, "available", lambda: False)
+        want = attached.model(ids[:, 41:42], past_key_values=cache).logits
+        for layer in ragged_layers(cache):
+            layer.crop(1)
+        monkeypatch.undo()
+        monkeypatch.setattr(IntegerRows, "dense", lambda self: pytest.fail("rows were laid out as numbers"))
+        got = attached.model(ids[:, 41:42], past_key_values=cache).logits
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_rows_that_are_too_wide_as_they_are_stored_go_another_way():
+    k = random(1, 1, 9, 253).expand(1, 2, 9, 253)
+    for group, refused in ((9, True), (32, False)):
+        quantised = Quantised(4, group=group)
+        there = torch.ones(k.shape[:3], dtype=torch.bool)
+        made = Ragged.of_call(k, k, there, torch.zeros(k.shape[:3]), store=quantised.store)
+        assert made.keys.breadth == (290 if refused else 256)
+        assert made.kernel_refuses(Mask.full(1, 9, CPU)) == (refused or not native.available())
+
+
+@pytest.mark.parametrize("width", [7, 34, 64])
+def test_products_of_rows_are_the_same_in_the_basis_that_is_read(width):
+    made = IntegerRows.empty(5, width, 8, 32, torch.float32, CPU)
+    one, two = random(5, width), random(5, width, seed=1)
+    turned = made.turned(one)
+    assert turned.shape == (5, made.breadth)
+    torch.testing.assert_close(turned @ made.turned(two).T, one @ two.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.turned(turned)[:, :width], one)
 
 
 def test_other_packed_rows_are_taken_as_numbers():

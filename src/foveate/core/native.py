@@ -18,7 +18,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.core.tiled import Ranges
 
-__all__ = ["ACTIVATIONS", "MAX_WIDTH", "NativeResult", "attend", "available", "derive", "derive_selective", "selective"]
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_WIDTH",
+    "Codes",
+    "NativeResult",
+    "attend",
+    "available",
+    "derive",
+    "derive_selective",
+    "selective",
+]
 
 _VARIANTS = {"AVX512": ("rows_v4", "rows_v3"), "AVX2": ("rows_v3",)}
 MAX_WIDTH = 256
@@ -42,6 +52,16 @@ class _Ranges(ctypes.Structure):
     _fields_ = (*_fields("start bounds", c_void_p), *_fields("rows batch heads blocks", c_int64))
 
 
+class _Coded(ctypes.Structure):
+    """Mirrors `struct Coded` of kernels/tiles.hpp."""
+
+    _fields_ = (
+        *_fields("codes grid", c_void_p),
+        *_fields("stride grid_stride", c_int64 * 3),
+        *_fields("groups bits", c_int64),
+    )
+
+
 class _Call(ctypes.Structure):
     """Mirrors `struct Call` of kernels/rows.cpp."""
 
@@ -49,6 +69,7 @@ class _Call(ctypes.Structure):
         *_fields("batch heads groups queries keys width values extras withins matches threads", c_int64),
         *_fields("q k v", c_void_p),
         *_fields("q_stride k_stride v_stride", c_int64 * 3),
+        *_fields("k_coded v_coded", _Coded),
         *_fields("lo hi query_position key_position", c_void_p),
         *_fields("lo_stride hi_stride query_position_stride key_position_stride", c_int64),
         *_fields("within", POINTER(c_int32)),
@@ -89,6 +110,48 @@ class _Selective(ctypes.Structure):
         *_fields("dt x rate b c first y last marks dy dlast", c_void_p),
         *_fields("d_dt d_x d_rate d_b d_c d_first", c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows of small integers, in groups of neighbouring channels: a channel is middle + step (code - top / 2).
+
+    top is 2^bits - 1. The kernel decodes them as it reads, a few at a time.
+
+    Args:
+        codes: uint8 [..., row, bytes]; of 4 bits, a byte has one channel of the row's first half, in its lower bits,
+            and one of the second.
+        grid: bfloat16 [..., row, 2, groups], the middles and the steps.
+        bits: Of each integer, 8 or 4.
+    """
+
+    codes: Tensor
+    grid: Tensor
+    bits: int
+
+    def __post_init__(self) -> None:
+        codes, grid, bits = self.codes, self.grid, self.bits
+        fits = bits in (4, 8) and grid.ndim > 1 and grid.shape == (*codes.shape[:-1], 2, grid.shape[-1])
+        shared = fits and grid.shape[-1] > 0 and self.shape[-1] % grid.shape[-1] == 0
+        if not shared or codes.dtype != torch.uint8 or grid.dtype != torch.bfloat16:
+            got = f"{codes.dtype} {tuple(codes.shape)} of {bits} bits with {grid.dtype} {tuple(grid.shape)}"
+            raise ValueError(
+                "codes must be uint8 [..., row, bytes] of 8 or 4 bits with a bfloat16 grid [..., row, 2, groups] whose "
+                f"groups share out the channels, got {got}".replace("torch.", "")
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def expand(self, *sizes: int) -> Codes:
+        """As of a tensor; the last size is that of the rows as it is."""
+        grid = self.grid.expand(*sizes[:-1], *self.grid.shape[-2:])
+        return Codes(self.codes.expand(*sizes[:-1], self.codes.shape[-1]), grid, self.bits)
 
 
 @dataclass(frozen=True)
@@ -149,8 +212,8 @@ def available() -> bool:
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Codes,
+    v: Tensor | Codes,
     *,
     scale: float,
     lo: Tensor,
@@ -182,7 +245,8 @@ def attend(
 
     Row i sees the keys lo[i] <= j < hi[i], and nothing outside of them has any influence. A row that sees
     none has output 0, log-sum-exp -inf and statistics 0, also where there are sinks. Work is in float32,
-    gradients are not followed, and the numbers do not depend on the count of threads.
+    gradients are not followed, and the numbers do not depend on the count of threads. Keys and values in bfloat16, or
+    in codes, are read as they stand.
 
     Args:
         q: [batch, heads, query, width].
@@ -226,8 +290,8 @@ def attend(
         index = _integers(index, "index", batch, keys)
         if keys and (int(index.min()) < 0 or int(index.max()) >= rows_there):
             raise ValueError(f"index must be from 0 to {rows_there - 1}")
-    dtype = q.dtype
-    q, k, v = (_rows(x) for x in (q, k, v))
+    dtype, q = q.dtype, _rows(q)
+    (k, k_coded), (v, v_coded) = _read(k), _read(v)
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
     if query_position is None or key_position is None:
         if want_distance or within:
@@ -310,8 +374,10 @@ def attend(
         matches=len(pairs),
         threads=threads or torch.get_num_threads(),
         q_stride=q.stride()[:3],
-        k_stride=k.stride()[:3],
-        v_stride=v.stride()[:3],
+        k_stride=k.stride()[:3] if k_coded is None else (0, 0, 0),
+        v_stride=v.stride()[:3] if v_coded is None else (0, 0, 0),
+        k_coded=k_coded or _Coded(),
+        v_coded=v_coded or _Coded(),
         lo_stride=_step(lo),
         hi_stride=_step(hi),
         query_position_stride=_step(query_position),
@@ -338,7 +404,8 @@ def attend(
         "foveate_attend",
         call,
         f"attention over {queries} queries and {keys} keys",
-        **{"q": q, "k": k, "v": v, "sinks": sinks, "extra": extra},
+        **{"q": q, "k": k if k_coded is None else None, "v": v if v_coded is None else None},
+        **{"sinks": sinks, "extra": extra},
         **{"tilt": tilt, "tilted": tilted, "index": index},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
         **{"row_shift": shift if isinstance(shift, Tensor) else None, "row_cut": cut},
@@ -586,11 +653,13 @@ def _visited(ranges: Ranges | None, batch: int, heads: int, queries: int) -> _Ra
     )
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, int, int, int]:
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim} and {v.ndim}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q, k and v must share float32, bfloat16 or float16, got {q.dtype}, {k.dtype} and {v.dtype}")
+def _shapes(q: Tensor, k: Tensor | Codes, v: Tensor | Codes) -> tuple[torch.Size, int, int, int]:
+    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
+        raise ValueError(f"q, k and v must have 4 dimensions, got {len(q.shape)}, {len(k.shape)} and {len(v.shape)}")
+    dtypes = [x.dtype for x in (q, k, v) if isinstance(x, Tensor)]
+    if len(set(dtypes)) > 1 or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        got = ", ".join(map(str, dtypes))
+        raise ValueError(f"q, k and v must share float32, bfloat16 or float16, got {got}")
     if any(x.device.type != "cpu" for x in (q, k, v)):
         raise ValueError(f"q, k and v must be on the CPU, got {q.device}, {k.device} and {v.device}")
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
@@ -614,6 +683,20 @@ def _rows(x: Tensor) -> Tensor:
     """float32, with the last dimension contiguous; a copy only where it must be."""
     x = x.detach().float()
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _read(x: Tensor | Codes) -> tuple[Any, _Coded | None]:
+    """Rows as the kernel reads them, which must outlive the call, and how they are coded; None: floats."""
+    if isinstance(x, Codes):
+        groups = x.grid.shape[-1]
+        codes = x.codes if x.codes.stride(3) == 1 else x.codes.contiguous()
+        grid = x.grid if x.grid.stride()[3:] == (groups, 1) else x.grid.contiguous()
+        coded = _Coded(codes.data_ptr(), grid.data_ptr(), codes.stride()[:3], grid.stride()[:3], groups, x.bits)
+        return (codes, grid), coded
+    if x.dtype == torch.bfloat16 and x.stride(3) == 1:
+        x = x.detach()
+        return x, _Coded(codes=x.data_ptr(), stride=tuple(2 * n for n in x.stride()[:3]), bits=16)
+    return _rows(x), None
 
 
 def _floats(x: Tensor) -> Tensor:

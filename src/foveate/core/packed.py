@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core import native
 from foveate.core.ragged import Packed, numbers
 
 __all__ = ["IntegerRows", "rotation"]
@@ -90,8 +91,7 @@ class IntegerRows(Packed):
     def packed(self, rows: Float[Tensor, "rows width"]) -> tuple[Tensor, Tensor]:
         """Codes and grid of rows."""
         groups, size, top = self.form
-        x = torch.nn.functional.pad(rows.float(), (0, groups * size - rows.shape[-1]))
-        x = x.unflatten(-1, (groups, size)) @ rotation(size, self.device)
+        x = self.turned(rows).unflatten(-1, (groups, size))
         low, high = x.aminmax(dim=-1, keepdim=True)
         middle = ((low + high) / 2).to(GRID)
         step = (torch.maximum(high - middle, middle - low) * 2 / top).to(GRID)
@@ -113,9 +113,21 @@ class IntegerRows(Packed):
             x.copy_(codes)
         middle, step = self.grid.reshape(-1, 2, groups, 1).float().unbind(1)
         x.unflatten(-1, (groups, size)).mul_(step).add_(middle - top / 2 * step)
-        # the rotation is its own inverse
-        x = (x.view(-1, size) @ rotation(size, self.device)).view(len(codes), -1)
-        return x[:, : self.shape[-1]].reshape(self.shape).to(self.dtype)
+        return self.turned(x)[:, : self.shape[-1]].reshape(self.shape).to(self.dtype)
+
+    @property
+    def breadth(self) -> int:
+        groups, size, _ = self.form
+        return groups * size
+
+    def readable(self) -> native.Codes:
+        return native.Codes(self.codes, self.grid, self.bits)
+
+    def turned(self, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows read"]:
+        groups, size, _ = self.form
+        x = torch.nn.functional.pad(rows.float(), (0, groups * size - rows.shape[-1]))
+        # the rotation is its own inverse, and leaves products of rows as they are
+        return (x.reshape(-1, size) @ rotation(size, self.device)).view(x.shape)
 
 
 def grouping(width: int, bits: int, group: int) -> tuple[int, int]:

@@ -26,8 +26,6 @@ EMPTY = torch.iinfo(torch.int32).max
 # rows that the kernel takes at once without packing the whole flat list for each head
 KERNEL_ROWS = 96
 SPARE = 32
-# bytes of rows that are laid out at once from a packed form: more costs page faults
-LAID_OUT = 2 << 20
 
 
 class Packed:
@@ -59,6 +57,19 @@ class Packed:
         """The rows as numbers."""
         raise NotImplementedError
 
+    @property
+    def breadth(self) -> int:
+        """Channels of a row as the kernel reads it."""
+        return self.shape[1]
+
+    def readable(self) -> Tensor | native.Codes:
+        """The rows as the kernel reads them; by default as numbers."""
+        return self.dense()
+
+    def turned(self, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows read"]:
+        """Rows of numbers in the basis of those that are read, and back again: queries, and what mixes values."""
+        return rows
+
 
 Storage = Any
 
@@ -66,6 +77,17 @@ Storage = Any
 def numbers(rows: Tensor | Packed) -> Tensor:
     """Rows as numbers, whatever they are stored in."""
     return rows.dense() if isinstance(rows, Packed) else rows
+
+
+def read(rows: Tensor | Packed) -> Tensor | native.Codes:
+    """Rows as the kernel reads them, none of them copied where that can be."""
+    found = rows.readable() if isinstance(rows, Packed) else rows
+    return found.float() if isinstance(found, Tensor) and found.dtype == torch.float16 else found
+
+
+def turned(stored: Tensor | Packed, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows read"]:
+    """Rows of numbers in the basis of what is read, and back again."""
+    return stored.turned(rows) if isinstance(stored, Packed) else rows
 
 
 def tensors_in(rows: Tensor | Packed) -> list[Tensor]:
@@ -402,7 +424,8 @@ class Ragged:
 
     def kernel_refuses(self, mask: Mask) -> bool:
         """Whether attention must go through `entries` instead of the kernel."""
-        wide = max(self.keys.shape[1], self.values.shape[1]) > 256
+        stored = (self.keys, self.values)
+        wide = max(x.breadth if isinstance(x, Packed) else x.shape[1] for x in stored) > native.MAX_WIDTH
         return mask.dense is not None or wide or self.keys.device.type != "cpu" or not native.available()
 
     def attend(
@@ -428,36 +451,34 @@ class Ragged:
             index, count = self.slots(only, mask)
             lo = torch.zeros(pairs, 1, dtype=torch.int32)
             hi = count.reshape(pairs, 1)
-        rows = q.reshape(pairs, share, queries, q.shape[3])
-        out = q.new_empty(pairs, share, queries, self.values.shape[1])
+        keys, values = read(self.keys), read(self.values)
+        rows = turned(self.keys, q).reshape(pairs, share, queries, -1)
+        rows = rows.to(keys.dtype) if isinstance(keys, Tensor) else rows.float()
+        out = rows.new_empty(pairs, share, queries, values.shape[1])
         # a learned sink belongs to a query head, and the kernel knows one set of them per call
-        groups = [list(range(pairs))] if sinks is None else [list(range(h, pairs, kv_heads)) for h in range(kv_heads)]
+        groups = [slice(None)] if sinks is None else [slice(h, None, kv_heads) for h in range(kv_heads)]
         step = max(1, KERNEL_ROWS // share)
-        for n, group in enumerate(groups):
-            for some in self.laid_out(group):
-                keys, values, mass, first = self.stretch(some)
-                pick = slice(some[0], some[-1] + 1, kv_heads if sinks is not None else 1)
-                at = None if index is None else index[pick] - first
-                bias = None if mass is None else mass.log()[None].expand(len(some), -1)
-                if bias is not None and at is not None:
-                    bias = bias.gather(1, at.long())
-                slots = torch.arange(len(keys) if at is None else at.shape[1], dtype=torch.int32)[None]
-                for a in range(0, queries, step):
-                    b = min(queries, a + step)
-                    out[pick, :, a:b] = native.attend(
-                        rows[pick, :, a:b].float(),
-                        keys[None, None].expand(len(some), -1, -1, -1),
-                        values[None, None].expand(len(some), -1, -1, -1),
-                        scale=scale,
-                        lo=lo[pick, a:b] - (0 if at is not None else first),
-                        hi=hi[pick, a:b] - (0 if at is not None else first),
-                        query_position=torch.zeros(1, b - a, dtype=torch.int32),
-                        key_position=slots,
-                        softcap=softcap,
-                        sinks=None if sinks is None else sinks[n * share : (n + 1) * share],
-                        tilt=None if bias is None else bias[:, None],
-                        index=at,
-                    ).out.to(q.dtype)
+        for n, pick in enumerate(groups):
+            some = len(out[pick])
+            at = None if index is None else index[pick]
+            bias = None if self.mass is None else self.mass.log()[None].expand(some, -1)
+            if bias is not None and at is not None:
+                bias = bias.gather(1, at.long())
+            for a in range(0, queries, step):
+                b = min(queries, a + step)
+                out[pick, :, a:b] = native.attend(
+                    rows[pick, :, a:b],
+                    keys.expand(some, 1, *keys.shape),
+                    values.expand(some, 1, *values.shape),
+                    scale=scale,
+                    lo=lo[pick, a:b],
+                    hi=hi[pick, a:b],
+                    softcap=softcap,
+                    sinks=None if sinks is None else sinks[n * share : (n + 1) * share],
+                    tilt=None if bias is None else bias[:, None],
+                    index=at,
+                ).out
+        out = turned(self.values, out)[..., : self.values.shape[1]].to(q.dtype)
         return out.reshape(batch, heads, queries, -1)
 
     def slots(
@@ -472,25 +493,3 @@ class Ragged:
             order = (~sees).to(torch.uint8).argsort(dim=-1, stable=True)
             slot = slot.gather(-1, order)
         return slot.flatten(0, 1).to(torch.int32), sees.sum(-1, dtype=torch.int32)
-
-    def laid_out(self, pairs: list[int]) -> list[list[int]]:
-        """Pairs of batch row and KV head that are laid out together: packed rows a few at a time."""
-        if not isinstance(self.keys, Packed) and not isinstance(self.values, Packed):
-            return [pairs]
-        each = 4 * int(self.room.max()) * (self.keys.shape[1] + self.values.shape[1])
-        size = max(1, LAID_OUT // max(1, each * (pairs[1] - pairs[0] if len(pairs) > 1 else 1)))
-        return [pairs[a : a + size] for a in range(0, len(pairs), size)]
-
-    def stretch(self, pairs: list[int]) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Keys, values and masses from the first slot of some pairs to their last, and which slot is the first."""
-        if not isinstance(self.keys, Packed) and not isinstance(self.values, Packed):
-            return self.keys.float(), self.values.float(), self.mass, 0
-        start, room = self.start.flatten(), self.room.flatten()
-        first, last = int(start[pairs[0]]), int(start[pairs[-1]] + room[pairs[-1]])
-        at = slice(first, last)
-        return (
-            numbers(self.keys[at]).float(),
-            numbers(self.values[at]).float(),
-            None if self.mass is None else self.mass[at],
-            first,
-        )

@@ -1,6 +1,7 @@
 r"""Quantised: keep every entry, and keep it in 8 or 4 bits a channel.
 
     code = round((x R - m) / s + top / 2),        x' = (m + s (code - top / 2)) R^T,        top = 2^bits - 1
+    q . k' = (q R) . (m + s (code - top / 2))
 
 x are the channels of a key or a value in groups, m and s the middle and the step of a group, R a Hadamard matrix that
 spreads the few large channels of keys over their group, so that they do not set the step for all others.
@@ -25,7 +26,7 @@ __all__ = ["Quantised"]
 
 @dataclass(frozen=True)
 class Quantised(Policy):
-    """Store keys and values as integers, each row by itself; attention turns them into numbers again as it reads.
+    """Store keys and values as integers, each row by itself; attention decodes them as it reads.
 
     Args:
         bits: Of each channel, 8 or 4.
@@ -56,12 +57,11 @@ class Quantised(Policy):
         family="kv cache",
         needs=Needs.KEYS | Needs.VALUES,
         equation="code = round((x R - m) / s + top / 2); x' = (m + s (code - top / 2)) R^T; top = 2^bits - 1",
-        differs="only the cache is quantised, no weights and no other activations; keys and values are rotated when "
-        "they are stored and back when they are read, the paper rotates queries with the keys and folds the rotation "
-        "of values into the weights; each group is rotated by itself, which keeps the two halves that rotary positions "
-        "pair apart; nothing is clipped; a group whose size is no power of two is rotated by a Hadamard matrix times "
-        "a Hartley matrix; m and s are in bfloat16. KIVI gives each channel of keys a step of its own over many "
-        "tokens, which is closer at 4 bits and needs the tokens to stay together",
+        differs="only the cache is quantised, no weights and no other activations; the mean of the values is turned "
+        "back after attention, the paper folds that rotation into the weights; each group is rotated by itself, which "
+        "keeps the two halves that rotary positions pair apart; nothing is clipped; a group whose size is no power of "
+        "two is rotated by a Hadamard matrix times a Hartley matrix; m and s are in bfloat16. KIVI gives each channel "
+        "of keys a step of its own over many tokens, which is closer at 4 bits and needs the tokens to stay together",
         use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
         misleads="it saves bytes and no time: rows are turned into numbers again at each token. The call that brings "
         "tokens still sees them as they came, so that the loss shows from the next call on",

@@ -12,6 +12,7 @@ struct Call {
     int64_t batch, heads, groups, queries, keys, width, values, extras, withins, matches, threads;
     const float *q, *k, *v;
     int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position
+    Coded k_coded, v_coded;                         // where k or v is null
     const int32_t *lo, *hi, *query_position, *key_position;
     int64_t lo_stride, hi_stride, query_position_stride, key_position_stride;
     const int32_t *within;                    // ascending
@@ -91,8 +92,8 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
     settle_tile<M, CUT, TILT>(acc, s, peak, cap, rows, first, lo, hi);
 }
 
-// The same for few rows, one at a time, with keys that are read where they stand: each is read once, and packing them
-// would take longer than all the rest. `key` points to the keys of the panel; rows of q are filled up with zeros.
+// The same for few rows, one at a time, with keys that are read where they stand, or decoded: each is read once, and
+// packing them would take longer than all the rest. `key` points to the keys of the panel; rows of q are filled up with zeros.
 template <bool CUT, bool TILT>
 void score_row(const float *q, const float *const *key, int64_t width, float *s, float *peak, float cap,
                const Row *rows, int32_t first, int32_t lo, int32_t hi) {
@@ -292,6 +293,7 @@ struct Job {
     void keep(const Block &t, const Workspace &w);
     void merge(const Block &t);
     int64_t row_of(const Block &t, int64_t j) const { return c.index ? c.index[t.batch * c.index_stride + j] : j; }
+    const float *key_row(const Block &t, int64_t j, float *room) const;
     void pack_keys(const Block &t, int64_t first, int64_t last, float *to) const;
     void pack_values(const Block &t, int64_t first, int64_t last, float *to) const;
     void prepare(const Block &t, Workspace &w) const;
@@ -312,7 +314,7 @@ void Job::plan() {
                 add_blocks(b, g, g * share + h, per_head ? 1 : share);
     shared = c.queries * share > block;
     few = c.queries * share <= 2 * ROWS;
-    in_place = few && columns == padded && !c.extras && !c.index;
+    in_place = few && columns == padded && !c.extras && !c.index && c.v;
     // The largest first, so that no thread is left alone with one at the end.
     std::stable_sort(blocks.begin(), blocks.end(), [](auto &x, auto &y) { return x.cost > y.cost; });
 }
@@ -434,17 +436,27 @@ bool Job::run() {
     return good;
 }
 
+// Key j where it stands, or in `room` where it must be decoded.
+const float *Job::key_row(const Block &t, int64_t j, float *room) const {
+    const int64_t at = row_of(t, j);
+    if (c.k) return c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1] + at * c.k_stride[2];
+    decode(c.k_coded, t.batch, t.group, at, c.width, room);
+    return room;
+}
+
 // Keys [first, last) as panels. What is left of the last panel stays as it is: no row sees it, so score_tile hides it.
 void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) const {
-    const float *k = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1];
-    pack_panels([&](int64_t j) { return k + row_of(t, j) * c.k_stride[2]; }, first, last, c.width, to);
+    std::array<float, 4 * WIDEST> four;
+    int64_t turn = 0;
+    pack_panels([&](int64_t j) { return key_row(t, j, four.data() + turn++ % 4 * c.width); }, first, last, c.width, to);
 }
 
 // Values and extra columns side by side, [keys x padded].
 void Job::pack_values(const Block &t, int64_t first, int64_t last, float *to) const {
     for (int64_t j = first; j < last; ++j, to += padded) {
-        const float *v = c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1] + row_of(t, j) * c.v_stride[2];
-        std::copy_n(v, own, to);
+        const int64_t at = row_of(t, j);
+        if (own && !c.v) decode(c.v_coded, t.batch, t.group, at, own, to);
+        else std::copy_n(c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1] + at * c.v_stride[2], own, to);
         std::copy_n(c.extra + t.batch * c.extra_stride + j * c.extras, c.extras, to + own);
         std::fill(to + columns, to + padded, 0.0f);
     }
@@ -546,8 +558,7 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
         std::fill_n(w.peak.p, t.rows * LANE, -INF);
         for (int64_t p = first; p < last; p += PANEL, k += PANEL * c.width) {
             const float *key[PANEL];
-            const float *k_0 = c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1];
-            for (int64_t j = 0; few && j < PANEL; ++j) key[j] = k_0 + row_of(t, std::min(p + j, last - 1)) * c.k_stride[2];
+            for (int64_t j = 0; few && j < PANEL; ++j) key[j] = key_row(t, std::min(p + j, last - 1), w.k.p + j * c.width);
             for (const Tile &tile : w.tiles) {
                 if (tile.any_hi <= p || tile.any_lo >= p + PANEL) continue;
                 const bool cut = std::max(tile.all_lo, lo) > p || std::min(tile.all_hi, hi) < p + PANEL;

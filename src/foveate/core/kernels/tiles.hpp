@@ -332,8 +332,48 @@ bool parallel(int64_t threads, int64_t count, const Work &work) {
     return good;
 }
 
+constexpr int64_t WIDEST = 256;  // channels of a row; native.py asks for no more
+
+// Rows in fewer bits than floats have: integers from a grid per group of channels, or bfloat16. Mirrored in native.py.
+struct Coded {
+    const uint8_t *codes;    // of 4 bits, a byte has a channel of the row's first half and one of its second; null: none
+    const uint16_t *grid;    // of each row the middles of its groups and then their steps, in bfloat16
+    int64_t stride[3], grid_stride[3];  // batch, head, position; in bytes, and in elements
+    int64_t groups, bits;    // 4, 8, or 16 for bfloat16
+};
+
+INLINE float widened(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+// One row as floats: middle + step (code - top / 2).
+inline void decode(const Coded &c, int64_t batch, int64_t head, int64_t at, int64_t width, float *__restrict to) {
+    const uint8_t *code = c.codes + batch * c.stride[0] + head * c.stride[1] + at * c.stride[2];
+    if (c.bits == 16) {
+        const uint16_t *half = reinterpret_cast<const uint16_t *>(code);
+        for (int64_t d = 0; d < width; ++d) to[d] = widened(half[d]);
+        return;
+    }
+    uint8_t apart[WIDEST];
+    if (c.bits == 4) {
+        const int64_t half = std::min(width, WIDEST) / 2;
+        for (int64_t d = 0; d < half; ++d) apart[d] = code[d] & 15, apart[half + d] = code[d] >> 4;
+        code = apart;
+    }
+    const uint16_t *grid = c.grid + batch * c.grid_stride[0] + head * c.grid_stride[1] + at * c.grid_stride[2];
+    const int64_t size = width / c.groups;
+    const float top = float((1 << c.bits) - 1);
+    for (int64_t g = 0; g < c.groups; ++g, code += size, to += size) {
+        const float step = widened(grid[c.groups + g]), zero = widened(grid[g]) - top / 2 * step;
+        for (int64_t d = 0; d < size; ++d) to[d] = float(code[d]) * step + zero;
+    }
+}
+
 // Rows of a matrix as panels [width x PANEL], so that one vector load brings one coordinate of LANE rows. `row(j)`
-// points to row j; what is left of the last panel stays as it is.
+// points to row j, until it is called four more times; what is left of the last panel stays as it is.
 template <class At>
 void pack_panels(const At &row, int64_t first, int64_t last, int64_t width, float *to) {
     for (int64_t p = first; p < last; p += PANEL, to += PANEL * width) {
