@@ -5,7 +5,7 @@
                                   [--kvpress PYTHON] [--again]
 
 `decode`: one process. Caches are filled with random keys and values (time does not depend on what stands in them), as
-many entries per head as the policy keeps, drawn at random. Each round decodes 4 tokens with transformers' dynamic cache
+many entries per head as the policy keeps, drawn at random. Each round decodes 2 tokens with transformers' dynamic cache
 and then 16 with ours, in which entries are scored and dropped once; ratios are taken inside a round, their median and
 quartiles reported. `all` keeps everything, `half`, `quarter` and `tenth` drop nothing while they decode.
 
@@ -40,7 +40,7 @@ sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 OUT = HERE / "results"
 SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 KEEP = 0.25
-PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 4, 16, 8
+PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 2, 16, 8
 PRESSES = {
     "observation_window": "SnapKVPress",
     "key_norm": "KnormPress",
@@ -99,32 +99,26 @@ def decode(args: argparse.Namespace) -> None:
                     continue
                 with torch.no_grad():
                     plain = plain or full(model, tokens, batch)
-                    result[key] = decode_rounds(model, plain, kind, tokens, batch, args.rounds)
+                    result[key] = decode_rounds(model, plain, kind, args.rounds)
                 print(decode_line(key, result[key]), flush=True)
                 save(file, result)
 
 
-def drawn(model, tokens: int, batch: int, layer: int):
-    """Random keys and values of one layer."""
+def full(model, tokens: int, batch: int):
+    """transformers' own cache of random keys and values."""
     import torch
+    from transformers import DynamicCache
 
     config = model.config
     shape = (batch, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
-    rng = torch.Generator().manual_seed(layer)
-    return torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
-
-
-def full(model, tokens: int, batch: int):
-    """transformers' own cache."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=config)
     for n, layer in enumerate(cache.layers):
-        layer.update(*drawn(model, tokens, batch, n))
+        rng = torch.Generator().manual_seed(n)
+        layer.update(torch.randn(shape, generator=rng), torch.randn(shape, generator=rng))
     return cache
 
 
-def filled(model, mine: tuple, tokens: int, batch: int):
+def filled(model, mine: tuple, plain):
     """The same under policies: of each head as many entries as they keep, drawn at random."""
     import torch
     from transformers import DynamicCache
@@ -137,7 +131,8 @@ def filled(model, mine: tuple, tokens: int, batch: int):
     adopt(cache, None)
     layers, together = ragged_layers(cache), Policies.of(mine)
     for n, layer in enumerate(layers):
-        k, v = drawn(model, tokens, batch, n)
+        k, v = plain.layers[n].keys, plain.layers[n].values
+        batch, _, tokens, _ = k.shape
         seen = torch.full((batch,), tokens)
         keep = torch.ones(k.shape[:3], dtype=torch.bool)
         if together.score is not None:
@@ -150,14 +145,14 @@ def filled(model, mine: tuple, tokens: int, batch: int):
     return cache
 
 
-def decode_rounds(model, plain, kind: str, tokens: int, batch: int, count: int) -> list[dict]:
+def decode_rounds(model, plain, kind: str, count: int) -> list[dict]:
     """Seconds per decoded token and bytes, ours beside transformers', for each round."""
     import torch
 
     import foveate
 
-    mine, token = policies(kind), torch.full((batch, 1), 1000)
-    cache = filled(model, mine, tokens, batch)
+    mine, token = policies(kind), torch.full((len(plain.layers[0].keys), 1), 1000)
+    cache = filled(model, mine, plain)
     rounds = []
     with foveate.attach(model, *mine) as attached:
         model(input_ids=token, past_key_values=cache)
