@@ -88,7 +88,7 @@ class MergeDropped(Policy):
             mass = torch.where(there, held.mass, mass)
 
         gone, kept = numbered(there & ~keep), numbered(keep)
-        into, u = nearest(torch.nn.functional.normalize(k, dim=-1), gone, kept)
+        into, u = nearest(torch.nn.functional.normalize(k, dim=-1), gone, kept, self.least)
         merged, gone = (gone >= 0) & (u >= self.least), gone.clamp_min(0)
         count = torch.where(merged, mass.gather(2, gone), 0.0)
         weight, own = torch.where(merged, u.exp() * count, 0.0), math.e * mass
@@ -118,12 +118,20 @@ def nearest(
     direction: Float[Tensor, "batch kv_heads key dim"],
     gone: Int[Tensor, "batch kv_heads gone"],
     kept: Int[Tensor, "batch kv_heads kept"],
+    least: float,
 ) -> tuple[Int[Tensor, "batch kv_heads gone"], Float[Tensor, "batch kv_heads gone"]]:
-    """The kept entry that each dropped one is most like, and the cosine; some dropped ones at a time."""
+    """The kept entry that each dropped one is most like, and the cosine; any one where that is below the least."""
     others = direction.gather(2, across(kept.clamp_min(0), direction)).transpose(-1, -2)
-    found = []
+    none = kept[:, :, None] < 0
+    holes, into, cosine = bool(none.any()), [], []
+    # some dropped ones at a time
     for some in gone.split(max(1, AT_ONCE // (4 * kept.numel())), -1):
         u = direction.gather(2, across(some.clamp_min(0), direction)) @ others
-        found.append(u.masked_fill_(kept[:, :, None] < 0, -torch.inf).max(-1))
-    best = torch.cat([one.indices for one in found], -1)
-    return kept.clamp_min(0).gather(2, best), torch.cat([one.values for one in found], -1)
+        u = u.masked_fill_(none, -torch.inf) if holes else u
+        # looking for where it is takes far longer than for how much
+        best = u.amax(-1)
+        near, at = best >= least, torch.zeros_like(some)
+        at[near] = u[near].argmax(-1)
+        into.append(at)
+        cosine.append(best)
+    return kept.clamp_min(0).gather(2, torch.cat(into, -1)), torch.cat(cosine, -1)
