@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -305,6 +305,7 @@ class Attached:
         crossing: Modules whose running call looks at another sequence.
         last: Samples of the layer before.
         cache: Weak reference to the cache of the running call, under a KV policy or with a shared prefix.
+        handed: Weak reference to the layer of that cache that took keys last.
         holding: Bytes that its layers held after their last call.
         places: Places of the rows in their texts and which of them are real, by layer, of the running call.
         longest: Tokens of the longest text that came by.
@@ -327,6 +328,7 @@ class Attached:
     crossing: set[torch.nn.Module] = field(default_factory=set)
     last: Rows | None = None
     cache: Callable[[], Any] = field(default=lambda: None)
+    handed: Callable[[], Any] = field(default=lambda: None)
     holding: dict[int, int] = field(default_factory=dict)
     places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     longest: int = 0
@@ -449,7 +451,7 @@ class Attached:
         """Attention over a ragged cache and what came with the call; then the policies have their say."""
         policies, layers = self.policies, ragged_layers(self.cache())
         first, rows, at = not cache.filled, None, layers.index(cache)
-        call = view(key, value, mask if first else Mask.full(key.shape[2], key.shape[2]))
+        call = view(key, value, mask if first else among_themselves(key.shape[2], key.device))
         if first:
             rows = self.run(call, (policies, *(theirs for theirs, _ in self.branches)))
             out = rows.out
@@ -562,6 +564,9 @@ class Attached:
         Raises:
             NotSupported: the model changed its keys between its cache and its attention.
         """
+        handed = self.handed()
+        if handed is not None and handed.latest() is key:
+            return handed
         layers: list[RaggedLayer | PrefixLayer] = [*ragged_layers(self.cache()), *prefix_layers(self.cache())]
         for layer in layers:
             if layer.latest is not None and layer.latest() is key:
@@ -604,6 +609,12 @@ class Attached:
                 "`past_key_values`"
             )
         return sum(self.holding.values())
+
+
+@lru_cache(maxsize=32)
+def among_themselves(tokens: int, device: torch.device) -> Mask:
+    """The tokens of a call, all of which see each other."""
+    return Mask.full(tokens, tokens, device)
 
 
 def can(reduction: Reduction, view: View) -> bool:

@@ -101,7 +101,8 @@ class RaggedLayer(CacheLayerMixin):
         Raises:
             NotSupported: nothing is attached to the model, whose own attention cannot read this cache.
         """
-        if self.owner is None or self.owner() is None:
+        owner = None if self.owner is None else self.owner()
+        if owner is None:
             raise NotSupported(
                 "this cache was compressed by a KV policy and the model's own attention cannot read it; "
                 "go on inside `with foveate.attach(model, …)`, or start with a new cache"
@@ -112,6 +113,7 @@ class RaggedLayer(CacheLayerMixin):
         self.pending = key_states, value_states
         # weakly: the call's keys are the model's to free
         self.latest = weakref.ref(key_states)
+        owner.handed = weakref.ref(self)
         self.seen += key_states.shape[2]
         return key_states, value_states
 

@@ -57,6 +57,11 @@ class Mask:
     def device(self) -> torch.device:
         return self.low.device
 
+    @cached_property
+    def narrowest(self) -> tuple[int, int]:
+        """The last of all rows' first keys, and the first of all ends: what lies between is seen by every row."""
+        return int(self.low.amax()), int(self.high.amin())
+
     # `generate` with a static cache makes the mask ahead, and takes it for a tensor
 
     @property

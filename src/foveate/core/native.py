@@ -293,12 +293,12 @@ def attend(
     dtype, q = q.dtype, _rows(q)
     (k, k_coded), (v, v_coded) = _read(k), _read(v)
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
-    if query_position is None or key_position is None:
-        if want_distance or within:
-            raise ValueError("distances need query_position and key_position")
-        query_position, key_position = (torch.zeros(1, n, dtype=torch.int32) for n in (queries, keys))
-    query_position = _integers(query_position, "query_position", batch, queries)
-    key_position = _integers(key_position, "key_position", batch, keys)
+    if (want_distance or within) and (query_position is None or key_position is None):
+        raise ValueError("distances need query_position and key_position")
+    if query_position is not None:
+        query_position = _integers(query_position, "query_position", batch, queries)
+    if key_position is not None:
+        key_position = _integers(key_position, "key_position", batch, keys)
     pairs = [
         (_integers(a, "match query labels", batch, queries), _integers(b, "match key labels", batch, keys))
         for a, b in match
@@ -380,8 +380,8 @@ def attend(
         v_coded=v_coded or _Coded(),
         lo_stride=_step(lo),
         hi_stride=_step(hi),
-        query_position_stride=_step(query_position),
-        key_position_stride=_step(key_position),
+        query_position_stride=0 if query_position is None else _step(query_position),
+        key_position_stride=0 if key_position is None else _step(key_position),
         within=(c_int32 * len(rings))(*(max(-1, min(w, 2**31 - 1)) for w in rings)),
         match_query=(c_void_p * len(pairs))(*(a.data_ptr() for a, _ in pairs)),
         match_key=(c_void_p * len(pairs))(*(b.data_ptr() for _, b in pairs)),

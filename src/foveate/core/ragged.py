@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,6 +103,25 @@ def stacked(parts: Sequence[Packed]) -> Packed:
         whole[done : done + len(part)] = part
         done += len(part)
     return whole
+
+
+@dataclass
+class Edges:
+    """What the entries of all stretches lie between, as numbers that a decoded token need not look up again.
+
+    Args:
+        earliest: First position of all.
+        latest: Last position of all.
+        shortest: Entries of the shortest stretch; at 0 the positions are anything.
+        longest: Entries of the longest stretch.
+        free: Free slots of the fullest stretch.
+    """
+
+    earliest: int
+    latest: int
+    shortest: int
+    longest: int
+    free: int
 
 
 @dataclass(eq=False)
@@ -223,9 +243,14 @@ class Ragged:
         stored = (*tensors_in(self.keys), *tensors_in(self.values))
         return (*stored, self.position, self.score, self.start, self.length, self.room, *more)
 
+    @cached_property
+    def storage(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
     def bytes_held(self) -> int:
         """Bytes of all tensors, free slots included."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+        # they are filled in place, and never another size
+        return self.storage
 
     # ---------------------------------------------------------------- growing and dropping
 
@@ -237,25 +262,36 @@ class Ragged:
         valid: Bool[Tensor, "batch new"] | None = None,
     ) -> Ragged:
         """Adds the tokens at positions at, at + 1, …; padded ones are left out. Returns the storage to go on with."""
-        batch, heads, new = k.shape[:3]
-        count = torch.full((batch, 1), new) if valid is None else valid.sum(1, keepdim=True)
-        count = count.to(self.length)
+        new = k.shape[2]
+        count = new if valid is None else valid.sum(1, keepdim=True).to(self.length)
+        most = new if valid is None else int(count.max())
         grown = self
-        if bool((self.length + count > self.room).any()):
-            grown = self.select(self.held, int(count.max()) + max(16, int(self.length.max()) // SPARE))
+        if most > self.edges.free:
+            grown = self.select(self.held, most + max(16, self.longest // SPARE))
+        edges = grown.edges
         rank = torch.arange(new, device=k.device) if valid is None else valid.cumsum(1)[:, None] - 1
-        slot = ((grown.start + grown.length)[..., None] + rank).expand(batch, heads, new)
-        position = torch.arange(at, at + new, dtype=torch.int32, device=k.device).expand(batch, heads, new)
+        slot = (grown.start + grown.length)[..., None] + rank
+        position = torch.arange(at, at + new, dtype=torch.int32, device=k.device).expand(slot.shape)
         if valid is None:
             slot, k, v, position = slot.flatten(), k.flatten(0, 2), v.flatten(0, 2), position.flatten()
         else:
-            real = valid[:, None].expand(batch, heads, new)
+            real = valid[:, None].expand(slot.shape)
             slot, k, v, position = slot[real], k[real], v[real], position[real]
         grown.keys[slot], grown.values[slot] = k, v
         grown.position[slot], grown.score[slot] = position, 0.0
         if grown.mass is not None:
             grown.mass[slot] = 1.0
         grown.length += count
+        if valid is None and edges.shortest:
+            grown.edges = replace(
+                edges,
+                latest=at + new - 1,
+                shortest=edges.shortest + new,
+                longest=edges.longest + new,
+                free=edges.free - new,
+            )
+        else:
+            del grown.edges
         return grown
 
     def select(self, keep: Bool[Tensor, "batch kv_heads entry"], spare: int | None = None) -> Ragged:
@@ -310,9 +346,23 @@ class Ragged:
         """Which of the first `longest` places of each stretch hold an entry."""
         return torch.arange(self.longest, device=self.keys.device) < self.length[..., None]
 
+    @cached_property
+    def edges(self) -> Edges:
+        """What the entries lie between; `append` keeps it."""
+        last = (self.start + self.length - 1).clamp_min(0).flatten()
+        free = (self.room - self.length).min()
+        found = (
+            self.position[self.start.flatten()].min(),
+            self.position[last].max(),
+            self.length.min(),
+            self.length.max(),
+            free,
+        )
+        return Edges(*(int(x) for x in found))
+
     @property
     def longest(self) -> int:
-        return int(self.length.max())
+        return self.edges.longest
 
     def spread(self, flat: Tensor | Packed) -> Tensor:
         """A flat tensor as [batch, kv_heads, entry, ...]; what stands behind a stretch's end is anything."""
@@ -403,12 +453,16 @@ class Ragged:
 
     def sees_all(self, mask: Mask) -> bool:
         """Whether every row of the mask sees every entry."""
-        if mask.dense is not None:
+        edges = self.edges
+        if mask.dense is not None or edges.shortest == 0:
             return False
+        latest_low, earliest_high = mask.narrowest
+        if edges.earliest >= latest_low and edges.latest < earliest_high:
+            return True
         last = self.position.gather(0, (self.start + self.length - 1).clamp_min(0).flatten()).view_as(self.start)
         first = self.position.gather(0, self.start.flatten()).view_as(self.start)
         low, high = mask.low.amax(-1)[:, None], mask.high.amin(-1)[:, None]
-        return bool(((first >= low) & (last < high) & (self.length > 0)).all())
+        return bool(((first >= low) & (last < high)).all())
 
     def intervals(self, mask: Mask) -> tuple[Int[Tensor, "batch kv_heads query"], Int[Tensor, "batch kv_heads query"]]:
         """The slots lo <= slot < hi that each row sees, per KV head."""

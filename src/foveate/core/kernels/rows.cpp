@@ -13,7 +13,7 @@ struct Call {
     const float *q, *k, *v;
     int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position
     Coded k_coded, v_coded;                         // where k or v is null
-    const int32_t *lo, *hi, *query_position, *key_position;
+    const int32_t *lo, *hi, *query_position, *key_position;  // positions: null where no distance is asked for
     int64_t lo_stride, hi_stride, query_position_stride, key_position_stride;
     const int32_t *within;                    // ascending
     const int32_t *const *match_query, *const *match_key;
@@ -463,9 +463,10 @@ void Job::pack_values(const Block &t, int64_t first, int64_t last, float *to) co
 }
 
 void Job::prepare(const Block &t, Workspace &w) const {
-    const int32_t *key_position = c.key_position + t.batch * c.key_position_stride;
-    const int32_t *query_position = c.query_position + t.batch * c.query_position_stride;
-    const int64_t base = t.lo < t.hi ? key_position[t.lo] : 0, origin = t.lo / PANEL * PANEL;
+    const bool placed = c.key_position && c.query_position;
+    const int32_t *key_position = placed ? c.key_position + t.batch * c.key_position_stride : nullptr;
+    const int32_t *query_position = placed ? c.query_position + t.batch * c.query_position_stride : nullptr;
+    const int64_t base = placed && t.lo < t.hi ? key_position[t.lo] : 0, origin = t.lo / PANEL * PANEL;
     w.rows.clear();
     w.tiles.clear();
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -475,7 +476,7 @@ void Job::prepare(const Block &t, Workspace &w) const {
                 int32_t(std::min<int64_t>(c.hi[t.batch * c.hi_stride + i], c.keys)), i, head, nullptr,
                 float((c.row_shift ? c.row_shift[at] : c.shift) * (c.activation == SOFT_EXCESS ? 1 : LOG2E)),
                 c.row_cut ? c.row_cut[at] : 0.0f,
-                query_position[i] - base, -INF, 0};
+                placed ? query_position[i] - base : 0, -INF, 0};
         if (c.tilt && (!c.tilted || c.tilted[t.batch * c.tilted_stride + i]))
             row.tilt = c.tilt + t.batch * c.tilt_batch_stride + head * c.tilt_head_stride;
         if (row.lo >= row.hi) row.lo = row.hi = 0;
