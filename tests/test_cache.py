@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -11,6 +13,7 @@ from foveate.compress import HeavyHitters, KeyNorm, LastToken, ObservationWindow
 from foveate.core.budget import Budget, in_bytes
 from foveate.core.cache import RaggedLayer, ragged_layers
 from foveate.core.errors import BadInput, BadParameter, NothingObserved, NotSupported
+from foveate.core.mask import Mask
 from foveate.core.policy import best
 from foveate.core.ragged import EMPTY, Ragged
 from foveate.measure import Entropy
@@ -216,6 +219,47 @@ def test_crop_and_rows_of_the_cache(model):
         assert cache.get_seq_length() == 0
         again = model(input_ids=ids[[2, 0]], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(again, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_entries_lie_between_is_kept_up_to_date():
+    rng = torch.Generator().manual_seed(0)
+    k = torch.randn(2, 3, 40, 8, generator=rng)
+    keep = torch.rand(2, 3, 40, generator=rng) > 0.5
+    # one stretch holds nothing at first
+    keep[1, 2] = False
+    store, at = Ragged.of_call(k, k, keep, torch.zeros(keep.shape), spare=3), 40
+    for new, valid in ((1, None), (1, None), (2, [[1, 1], [0, 1]]), (1, None), (5, None), (1, [[0], [1]]), (1, None)):
+        real = None if valid is None else torch.tensor(valid, dtype=torch.bool)
+        k = torch.randn(2, 3, new, 8, generator=rng)
+        store = store.append(k, k, at, real)
+        at += new
+        # another object, which counts anew
+        assert store.edges == replace(store).edges
+        assert store.edges.longest == int(store.length.max())
+        assert store.edges.free == int((store.room - store.length).min())
+        held = store.positions()[store.held]
+        if store.edges.shortest:
+            assert (store.edges.earliest, store.edges.latest) == (int(held.min()), int(held.max()))
+    assert store.edges.shortest == 11
+    thinned = store.select(store.positions() > 41)
+    assert (thinned.edges.earliest, thinned.edges.latest, thinned.edges.shortest) == (42, at - 1, 9)
+
+
+@pytest.mark.parametrize("low", [[0, 0], [0, 9], [9, 9], [10, 9], [12, 12]])
+@pytest.mark.parametrize("high", [[30, 30], [30, 21], [20, 21], [21, 21]])
+def test_rows_see_all_entries_where_none_lies_outside(low, high):
+    k = torch.randn(2, 2, 30, 8)
+    at = torch.arange(30)
+    # of the first text the tokens 10 … 20, of the second 9 … 20
+    keep = ((at >= torch.tensor([10, 9])[:, None]) & (at <= 20))[:, None].expand(2, 2, 30)
+    store = Ragged.of_call(k, k, keep, torch.zeros(keep.shape))
+    low, high = (torch.tensor(x, dtype=torch.int32)[:, None] for x in (low, high))
+    mask = Mask(low, high, 30, True, torch.tensor([29]))
+    want = all(a <= first and b > 20 for a, first, b in zip(low[:, 0], (10, 9), high[:, 0], strict=True))
+    assert store.sees_all(mask) == want
+    lo, hi = store.intervals(mask)
+    seen = ((at >= low) & (at < high))[:, None] & keep
+    assert (hi - lo)[..., 0].tolist() == seen.sum(-1).tolist()
 
 
 @torch.no_grad()
