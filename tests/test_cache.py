@@ -241,7 +241,7 @@ def test_what_entries_lie_between_is_kept_up_to_date():
         if store.edges.shortest:
             assert (store.edges.earliest, store.edges.latest) == (int(held.min()), int(held.max()))
     assert store.edges.shortest == 11
-    thinned = store.select(store.positions() > 41)
+    thinned = store.select((store.positions() > 41) & store.held)
     assert (thinned.edges.earliest, thinned.edges.latest, thinned.edges.shortest) == (42, at - 1, 9)
 
 
