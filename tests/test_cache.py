@@ -241,6 +241,8 @@ def test_what_entries_lie_between_is_kept_up_to_date():
         if store.edges.shortest:
             assert (store.edges.earliest, store.edges.latest) == (int(held.min()), int(held.max()))
     assert store.edges.shortest == 11
+    none = Ragged.of_call(k, k, torch.zeros(2, 3, 1, dtype=torch.bool), torch.zeros(2, 3, 1)).append(k, k, 7)
+    assert (none.edges.earliest, none.edges.latest, none.edges.shortest) == (7, 7, 1)
     thinned = store.select((store.positions() > 41) & store.held)
     assert (thinned.edges.earliest, thinned.edges.latest, thinned.edges.shortest) == (42, at - 1, 9)
 

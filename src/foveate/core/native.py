@@ -291,7 +291,7 @@ def attend(
         if keys and (int(index.min()) < 0 or int(index.max()) >= rows_there):
             raise ValueError(f"index must be from 0 to {rows_there - 1}")
     dtype, q = q.dtype, _rows(q)
-    (k, k_coded), (v, v_coded) = _read(k), _read(v)
+    (k_read, k_coded), (v_read, v_coded) = _read(k), _read(v)
     lo, hi = _integers(lo, "lo", batch, queries), _integers(hi, "hi", batch, queries)
     if (want_distance or within) and (query_position is None or key_position is None):
         raise ValueError("distances need query_position and key_position")
@@ -374,8 +374,8 @@ def attend(
         matches=len(pairs),
         threads=threads or torch.get_num_threads(),
         q_stride=q.stride()[:3],
-        k_stride=k.stride()[:3] if k_coded is None else (0, 0, 0),
-        v_stride=v.stride()[:3] if v_coded is None else (0, 0, 0),
+        k_stride=k_read.stride()[:3] if k_coded is None else (0, 0, 0),
+        v_stride=v_read.stride()[:3] if v_coded is None else (0, 0, 0),
         k_coded=k_coded or _Coded(),
         v_coded=v_coded or _Coded(),
         lo_stride=_step(lo),
@@ -404,7 +404,7 @@ def attend(
         "foveate_attend",
         call,
         f"attention over {queries} queries and {keys} keys",
-        **{"q": q, "k": k if k_coded is None else None, "v": v if v_coded is None else None},
+        **{"q": q, "k": None if k_coded else k_read, "v": None if v_coded else v_read},
         **{"sinks": sinks, "extra": extra},
         **{"tilt": tilt, "tilted": tilted, "index": index},
         **{"lo": lo, "hi": hi, "query_position": query_position, "key_position": key_position},
