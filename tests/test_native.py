@@ -263,13 +263,14 @@ def test_codes(bits, width, values, kind, queries, keys):
 def test_codes_with_an_index_and_in_any_layout(queries):
     given = inputs("random", queries=queries, keys=300)
     index = torch.randint(0, 300, (2, 300), generator=torch.Generator().manual_seed(3)).int()
-    codes, there = coded(given["k"], 16, 8, 2, 1)
-    want = attend_all(given | {"k": there}, index=index)
-    apart = native.Codes(*(torch.stack([x, x], -1)[..., 0] for x in (codes.codes, codes.grid)), 8)
-    for k in (codes, apart):
-        got = attend_all(given | {"k": k}, index=index)
-        for field in (*ROW_FIELDS, "column"):
-            torch.testing.assert_close(getattr(got, field), getattr(want, field), atol=1e-5, rtol=1e-5)
+    for name, bits in (("k", 8), ("v", 4)):
+        codes, there = coded(given[name], 16, bits, 2, 1)
+        want = attend_all(given | {name: there}, index=index)
+        apart = native.Codes(*(torch.stack([x, x], -1)[..., 0] for x in (codes.codes, codes.grid)), bits)
+        for rows in (codes, apart):
+            got = attend_all(given | {name: rows}, index=index)
+            for field in (*ROW_FIELDS, "column"):
+                torch.testing.assert_close(getattr(got, field), getattr(want, field), atol=1e-5, rtol=1e-5)
 
 
 def test_one_list_of_codes_serves_all():
