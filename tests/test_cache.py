@@ -10,6 +10,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import foveate
 from foveate.compress import HeavyHitters, KeyNorm, LastToken, ObservationWindow, Streaming
+from foveate.core.attach import Attached
+from foveate.core.branches import branch
 from foveate.core.budget import Budget, in_bytes
 from foveate.core.cache import RaggedLayer, ragged_layers
 from foveate.core.errors import BadInput, BadParameter, NothingObserved, NotSupported
@@ -262,6 +264,20 @@ def test_rows_see_all_entries_where_none_lies_outside(low, high):
     lo, hi = store.intervals(mask)
     seen = ((at >= low) & (at < high))[:, None] & keep
     assert (hi - lo)[..., 0].tolist() == seen.sum(-1).tolist()
+
+
+def test_keys_that_two_layers_share_are_known_again_beside_branches(model, monkeypatch):
+    look_back, known = Attached.look_back, []
+
+    def again(self, cache, view, key, value, mask):
+        out = look_back(self, cache, view, key, value, mask)
+        # what a layer asks that reads the keys of the one before
+        known.append(self.cache_of(key) is cache)
+        return out
+
+    monkeypatch.setattr(Attached, "look_back", again)
+    branch(model, ids_of(1), [(Streaming(SMALL),), (HeavyHitters(SMALL),)])
+    assert known == [True, True]
 
 
 @torch.no_grad()

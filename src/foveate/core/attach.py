@@ -476,6 +476,8 @@ class Attached:
         for theirs, caches in self.branches:
             caches[at].update(key, value)
             compress(theirs, caches, at, call, mask, rows)
+        # those of the branches took the same keys
+        self.handed = weakref.ref(cache)
         compress(policies, layers, at, call, mask, rows)
         self.holding[at] = cache.bytes_held()
         return out

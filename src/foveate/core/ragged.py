@@ -263,6 +263,8 @@ class Ragged:
     ) -> Ragged:
         """Adds the tokens at positions at, at + 1, …; padded ones are left out. Returns the storage to go on with."""
         new = k.shape[2]
+        # padding is behind a prompt: decoded tokens are all real
+        valid = None if valid is None or bool(valid.all()) else valid
         count = new if valid is None else valid.sum(1, keepdim=True).to(self.length)
         most = new if valid is None else int(count.max())
         grown = self

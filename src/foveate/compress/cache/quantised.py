@@ -64,8 +64,8 @@ class Quantised(Policy):
         "of keys a step of its own over many tokens, which is closer at 4 bits and needs the tokens to stay together",
         use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
         misleads="it saves bytes and no time on a CPU, where decoding a row takes as long as reading a whole one, and "
-        "storing one takes longer; without the native kernel rows are turned into numbers again at each token. The "
-        "call that brings tokens still sees them as they came, so that the loss shows from the next call on",
+        "takes more of it for a few short texts; without the native kernel rows are turned into numbers again at each "
+        "token. The call that brings tokens still sees them as they came, so that the loss shows from the next call on",
     )
     test_params: ClassVar = ({}, {"bits": 4})
 

@@ -93,7 +93,8 @@ void score_tile(const float *q, const float *k, int64_t width, float *s, float *
 }
 
 // The same for few rows, one at a time, with keys that are read where they stand, or decoded: each is read once, and
-// packing them would take longer than all the rest. `key` points to the keys of the panel; rows of q are filled up with zeros.
+// packing them would take longer than all the rest. `key` points to the keys of the panel; rows of q are filled up with
+// zeros.
 template <bool CUT, bool TILT>
 void score_row(const float *q, const float *const *key, int64_t width, float *s, float *peak, float cap,
                const Row *rows, int32_t first, int32_t lo, int32_t hi) {
@@ -559,7 +560,8 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
         std::fill_n(w.peak.p, t.rows * LANE, -INF);
         for (int64_t p = first; p < last; p += PANEL, k += PANEL * c.width) {
             const float *key[PANEL];
-            for (int64_t j = 0; few && j < PANEL; ++j) key[j] = key_row(t, std::min(p + j, last - 1), w.k.p + j * c.width);
+            for (int64_t j = 0; few && j < PANEL; ++j)
+                key[j] = key_row(t, std::min(p + j, last - 1), w.k.p + j * c.width);
             for (const Tile &tile : w.tiles) {
                 if (tile.any_hi <= p || tile.any_lo >= p + PANEL) continue;
                 const bool cut = std::max(tile.all_lo, lo) > p || std::min(tile.all_hi, hi) < p + PANEL;

@@ -334,9 +334,10 @@ bool parallel(int64_t threads, int64_t count, const Work &work) {
 
 constexpr int64_t WIDEST = 256;  // channels of a row; native.py asks for no more
 
-// Rows in fewer bits than floats have: integers from a grid per group of channels, or bfloat16. Mirrored in native.py.
+// Rows in fewer bits than floats have: integers from a grid per group of channels, or bfloat16. Of 4 bits, a byte has
+// a channel of the row's first half, in its lower bits, and one of its second. Mirrored in native.py.
 struct Coded {
-    const uint8_t *codes;    // of 4 bits, a byte has a channel of the row's first half and one of its second; null: none
+    const uint8_t *codes;    // null: rows are floats
     const uint16_t *grid;    // of each row the middles of its groups and then their steps, in bfloat16
     int64_t stride[3], grid_stride[3];  // batch, head, position; in bytes, and in elements
     int64_t groups, bits;    // 4, 8, or 16 for bfloat16
