@@ -3,6 +3,7 @@
     python bench/cache.py decode  [--tokens 2048 4096 8192] [--batch 1 8] [--rounds 5] [--kinds NAME ...] [--again]
     python bench/cache.py prompt  [--tokens 2048 4096 8192] [--batch 1] [--rounds 2] [--kinds NAME ...]
                                   [--kvpress PYTHON] [--again]
+    python bench/cache.py memory  [the same]
 
 `decode`: one process. Caches are filled with random keys and values (time does not depend on what stands in them), as
 many entries per head as the policy keeps, drawn at random. Each round decodes 2 tokens with transformers' dynamic cache
@@ -10,9 +11,12 @@ and then 16 with ours, in which entries are scored and dropped once; ratios are 
 quartiles reported. `all` keeps everything, `half`, `quarter` and `tenth` drop nothing while they decode.
 
 `prompt`: every measurement in a process of its own: seconds to the first token of a real text, seconds per token of the
-8 behind it, bytes held after them, and the peak of resident memory; ratios to transformers, which is measured between
-two kinds in each round. `--kvpress` names a Python with kvpress installed (it needs transformers below 5.3), whose
-presses run beside ours.
+8 behind it and bytes held after them; ratios to transformers, which is measured between two kinds in each round.
+`--kvpress` names a Python with kvpress installed (it needs transformers below 5.3), whose presses run beside ours.
+
+`memory`: the peak of resident memory in the same work, above what was resident before it. The allocator is told to give
+large blocks back as soon as they are free, which costs time: without that the peak of one and the same run moves by
+hundreds of MB. Needs Linux.
 
 Figures are kept by kind and size in bench/results: what is there is measured again only with --again.
 """
@@ -26,7 +30,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +44,8 @@ OUT = HERE / "results"
 SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 KEEP = 0.25
 PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 2, 16, 8
+PROMPTS = {"prompt": "cache_prompt.json", "memory": "cache_memory.json"}
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PRESSES = {
     "observation_window": "SnapKVPress",
     "key_norm": "KnormPress",
@@ -222,6 +227,7 @@ def prompt_worker(kind: str, tokens: int, batch: int) -> dict:
             import foveate
 
             attached = stack.enter_context(foveate.attach(model, *policies(name)))
+        before = resident(anew=True)
         begun = time.perf_counter()
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         between = time.perf_counter()
@@ -234,15 +240,28 @@ def prompt_worker(kind: str, tokens: int, batch: int) -> dict:
             held = attached.bytes_held()
         else:
             held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident("VmHWM") - before
     return {"seconds": between - begun, "token": (ended - between) / PROMPT_TOKENS, "bytes": held, "peak": peak}
+
+
+def resident(what: str = "VmRSS", anew: bool = False) -> int:
+    """Bytes of this process that are in memory, or their peak (`VmHWM`), which may begin `anew`."""
+    own = Path("/proc/self")
+    if not own.exists():
+        return 0
+    if anew:
+        (own / "clear_refs").write_text("5")
+    line = next(line for line in (own / "status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
 
 
 def prompt(args: argparse.Namespace) -> None:
     from foveate.models.embedded import converted
 
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
-    file = OUT / "cache_prompt.json"
+    if args.what == "memory":
+        env |= GIVING_BACK
+    file = OUT / PROMPTS[args.what]
     result = json.loads(file.read_text()) if file.exists() else {}
     mine = [f"foveate:{k}" for k in kinds(args.kinds, tuple(SHARES))]
     if args.kvpress:
@@ -258,7 +277,7 @@ def prompt(args: argparse.Namespace) -> None:
             for kind in pair:
                 key = f"{size} {kind}"
                 result[key] = [{who: found[who] for who in ("transformers", kind)} for found in rounds]
-                print(prompt_line(key, result[key]), flush=True)
+                print({"prompt": prompt_line, "memory": memory_line}[args.what](key, result[key]), flush=True)
             save(file, result)
 
 
@@ -277,17 +296,31 @@ def prompt_line(key: str, rounds: list[dict]) -> str:
     tokens, batch = size.split(" x ")
     base, fine = "transformers", [r for r in rounds if "failed" not in r[kind]]
     if not fine:
-        return f"| {int(tokens):,} | {batch} | {kind} | {rounds[0][kind]['failed']} | | | | | |"
+        return f"| {int(tokens):,} | {batch} | {kind} | {rounds[0][kind]['failed']} | | | | |"
     cells = []
     for what in ("seconds", "token"):
         ratios = [r[kind][what] / r[base][what] for r in fine]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
-    held, peak = (statistics.median(r[kind][x] for r in fine) for x in ("bytes", "peak"))
-    whole, plain = (statistics.median(r[base][x] for r in fine) for x in ("bytes", "peak"))
+    held, whole = (statistics.median(r[who]["bytes"] for r in fine) for who in (kind, base))
     seconds = statistics.median(r[kind]["seconds"] for r in fine)
     return (
         f"| {int(tokens):,} | {batch} | {kind} | {seconds:.2f} | {cells[0]} | {cells[1]} | "
-        f"{held / 1e6:.1f} | {held / whole:.3f} | {(peak - plain) / 1e6:+.0f} |"
+        f"{held / 1e6:.1f} | {held / whole:.3f} |"
+    )
+
+
+def memory_line(key: str, rounds: list[dict]) -> str:
+    size, kind = key.rsplit(" ", 1)
+    tokens, batch = size.split(" x ")
+    fine = [r for r in rounds if "failed" not in r[kind]]
+    if not fine:
+        return f"| {int(tokens):,} | {batch} | {kind} | {rounds[0][kind]['failed']} | | | |"
+    less = [(r["transformers"]["peak"] - r[kind]["peak"]) / 1e6 for r in fine]
+    freed = statistics.median((r["transformers"]["bytes"] - r[kind]["bytes"]) / 1e6 for r in fine)
+    peak, plain = (statistics.median(r[who]["peak"] / 1e6 for r in fine) for who in (kind, "transformers"))
+    return (
+        f"| {int(tokens):,} | {batch} | {kind} | {peak:.0f} | {plain:.0f} | "
+        f"{statistics.median(less):.0f} ({min(less):.0f} to {max(less):.0f}) | {freed:.0f} |"
     )
 
 
@@ -315,16 +348,26 @@ def save(file: Path, result: dict) -> None:
         ]
         lines += [decode_line(key, rounds) for key, rounds in ordered(found)]
         page.append("\n".join(lines))
-    found = OUT / "cache_prompt.json"
+    found = OUT / PROMPTS["prompt"]
     if found.exists():
         lines = [
             f"`python bench/cache.py prompt`: a prompt and {PROMPT_TOKENS} tokens; policies keep or read a quarter",
             "",
             "| tokens | batch | cache | s to first token | x transformers (range) | each token, x transformers (range) "
-            "| MB held | share | peak MB over transformers |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| MB held | share |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [prompt_line(key, rounds) for key, rounds in ordered(found)]
+        page.append("\n".join(lines))
+    found = OUT / PROMPTS["memory"]
+    if found.exists():
+        lines = [
+            "`python bench/cache.py memory`: the peak of the same work; policies keep or read a quarter",
+            "",
+            "| tokens | batch | cache | peak MB | transformers' | MB less (range) | MB of the cache freed |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [memory_line(key, rounds) for key, rounds in ordered(found)]
         page.append("\n".join(lines))
     (OUT / "cache.md").write_text("\n\n".join(page) + "\n")
 
@@ -340,17 +383,17 @@ def main() -> None:
         print(json.dumps(prompt_worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "prompt"), nargs="?", default="decode")
+    parser.add_argument("what", choices=("decode", *PROMPTS), nargs="?", default="decode")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--batch", type=int, nargs="+", default=None, help="default: 1 8; of prompts 1")
+    parser.add_argument("--batch", type=int, nargs="+", default=None, help="default: decode 1 8, else 1")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--kinds", nargs="+", default=None, metavar="NAME", help="policies by name; default: all")
     parser.add_argument("--again", action="store_true", help="measure again what is in the results")
     parser.add_argument("--kvpress", default=None, help="a Python with kvpress; left out when not given")
     args = parser.parse_args()
-    args.rounds = args.rounds or {"decode": 5, "prompt": 2}[args.what]
-    args.batch = args.batch or {"decode": [1, 8], "prompt": [1]}[args.what]
-    {"decode": decode, "prompt": prompt}[args.what](args)
+    args.rounds = args.rounds or {"decode": 5, "prompt": 2, "memory": 2}[args.what]
+    args.batch = args.batch or ([1, 8] if args.what == "decode" else [1])
+    (decode if args.what == "decode" else prompt)(args)
 
 
 if __name__ == "__main__":
