@@ -45,6 +45,8 @@ SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 KEEP = 0.25
 PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 2, 16, 8
 PROMPTS = {"prompt": "cache_prompt.json", "memory": "cache_memory.json"}
+# kinds beside one measurement of transformers: time drifts, memory does not
+BESIDE = {"prompt": 2, "memory": 8}
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PRESSES = {
     "observation_window": "SnapKVPress",
@@ -269,12 +271,12 @@ def prompt(args: argparse.Namespace) -> None:
     for tokens, batch in itertools.product(args.tokens, args.batch):
         size = f"{tokens} x {batch}"
         left = [kind for kind in mine if args.again or f"{size} {kind}" not in result]
-        for n in range(0, len(left), 2):
-            pair = left[n : n + 2]
+        for n in range(0, len(left), BESIDE[args.what]):
+            some = left[n : n + BESIDE[args.what]]
             # transformers between two kinds, so that it stands beside both
-            order = [pair[0], "transformers", *pair[1:]]
+            order = [some[0], "transformers", *some[1:]]
             rounds = [{who: measured(who, size, args.kvpress, env) for who in order} for _ in range(args.rounds)]
-            for kind in pair:
+            for kind in some:
                 key = f"{size} {kind}"
                 result[key] = [{who: found[who] for who in ("transformers", kind)} for found in rounds]
                 print({"prompt": prompt_line, "memory": memory_line}[args.what](key, result[key]), flush=True)
@@ -391,7 +393,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure again what is in the results")
     parser.add_argument("--kvpress", default=None, help="a Python with kvpress; left out when not given")
     args = parser.parse_args()
-    args.rounds = args.rounds or {"decode": 5, "prompt": 2, "memory": 2}[args.what]
+    args.rounds = args.rounds or {"decode": 5, "prompt": 2, "memory": 1}[args.what]
     args.batch = args.batch or ([1, 8] if args.what == "decode" else [1])
     (decode if args.what == "decode" else prompt)(args)
 
