@@ -119,17 +119,24 @@ def show(screen: Console, found: Compressed) -> None:
     probes = list(found.searched.full.recall)
     for column in ("tried (best first)", "bytes", "perplexity", *probes):
         table.add_column(column, justify="left" if column.startswith("tried") else "right")
-    for c in found.searched.candidates[:8]:
+    candidates = found.searched.candidates
+    # the share is in a name where it tells two apart
+    alike = len({c.asked for c in candidates}) == 1
+    for c in candidates[:8]:
         s = c.standing
         recalls = (f"{s.recall[p].value:.0%}" for p in probes)
-        table.add_row(c.name, f"{s.share:.1%}", f"x {s.perplexity.value:.3f}", *recalls)
+        table.add_row(c.family if alike else c.name, f"{s.share:.1%}", f"x {s.perplexity.value:.3f}", *recalls)
     full = found.searched.full
     table.add_row("full cache", "100.0%", "x 1.000", *(f"{full.recall[p].value:.0%}" for p in probes), style="dim")
     screen.print(table)
     for name, why in found.searched.impossible:
         screen.print(f"[dim]not tried: {name}: {why}[/]", soft_wrap=True)
     mine, whole, cost = found.verdict.standing, found.verdict.full, found.cost
-    screen.print(f"[bold]{found.verdict.candidate.name}[/], on prompts and text that the search has not seen:")
+    best = found.verdict.candidate
+    screen.print(
+        f"[bold]{best.family if alike else best.name}[/], on prompts and text that the search has not seen:",
+        soft_wrap=True,
+    )
     proof = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("held out", "full cache", "plan"):
         proof.add_column(column, justify="left" if column == "held out" else "right")
