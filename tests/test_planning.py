@@ -349,6 +349,8 @@ def test_a_plan_is_found_proved_and_used(folder, text, tmp_path):
         "a decoded token",
     ):
         assert words in done.stdout, words
+    # all were made for one share, which the title says
+    assert "@" not in done.stdout
     plan = foveate.Plan.load(out / "plan.json")
     assert plan.evidence["goal"]["keep"] == 0.3 and plan.evidence["proof"]["standing"]["share"] <= 0.31
     assert all(isinstance(m, Policy) for m in plan.mechanisms)
@@ -388,10 +390,11 @@ def test_a_target_that_nothing_meets(folder, text, tmp_path, monkeypatch):
     out = tmp_path / "made"
     (out).mkdir()
     (out / "plan.json").write_text("an older one")
-    monkeypatch.setattr(searching, "GRID", (0.2,))
+    monkeypatch.setattr(searching, "GRID", (0.2, 0.4))
     monkeypatch.setattr(Standing, "missed", lambda self, goal: ["perplexity 2.0000 x, above 1.01"])
     done = compress(folder, text, out, "--quality", "ppl=1.01", policy="key_norm")
     assert done.returncode == 1
+    assert "key_norm @ 0.2" in done.stdout and "key_norm @ 0.4" in done.stdout
     assert "nothing that was tried meets the goal; nearest.json comes nearest (perplexity" in done.stderr
     assert (out / "nearest.json").exists() and not (out / "plan.json").exists()
     assert "Not met." in (out / "report.html").read_text()
