@@ -60,7 +60,7 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     from torch import Tensor
 
     import foveate
-    from foveate.compress import ExpectedAttention, HeavyHitters, KeyNorm, MergeDropped, Quantised
+    from foveate.compress import HeavyHitters, KeyNorm, MergeDropped, Quantised
     from foveate.core.budget import Amount, Budget
     from foveate.core.mechanism import Policy
     from foveate.core.policy import Held
@@ -109,8 +109,9 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
             add(f"heads + {name}", spared(name, share))
         if share > packed * 0.3:
             more = min(1.0, share / packed)
-            one = ExpectedAttention(Budget(1.0, every=0)) if more == 1.0 else spared("expected_attention", more)
-            add("8 bits + heads + expected_attention", one, bits)
+            for name in ("expected_attention", "last_token"):
+                one = make(name, "compress").within(Budget(1.0, every=0)) if more == 1.0 else spared(name, more)
+                add(f"8 bits + heads + {name}", one, bits)
         if share == 0.25:
             for name in readers:
                 add(f"{name} (reads)", make(name, "compress").within(Budget(share, every=0)))

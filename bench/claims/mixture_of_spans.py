@@ -2,25 +2,23 @@
 
 Lines are searched on documents that ask for pass keys that they told before, and tried on prompts of the length that
 was not profiled: how far the predictions move, and whether a pass key is found that the full cache finds. The question
-comes behind the compressed context, and an answer counts when every token of it is the likeliest one.
+comes behind the compressed context.
 """
 
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 
-import torch
 from _claim import mean, number, share, trained, write
 
 from foveate.compress import MixtureOfSpans, Streaming
 from foveate.compress.cache._gates import made_text
 from foveate.compress.cache._spans import Search
-from foveate.core.attach import attach
 from foveate.core.budget import Budget
 from foveate.probe import Passkey
+from foveate.probe.trials import FULL, trials
 
-KEEP, LENGTHS, UNSEEN, SAMPLES, PROMPTS, SEED = 0.25, (512, 1024), 2048, 8, 24, 0
+KEEP, LENGTHS, UNSEEN, SAMPLES, PROMPTS, SEED = 0.25, (512, 1024), 2048, 8, 50, 0
 
 
 def documents(tokenizer, tokens):
@@ -34,29 +32,16 @@ def documents(tokenizer, tokens):
     return "\n\n".join(pieces)
 
 
-@torch.no_grad()
-def recalled(model, sample, policy):
-    """Whether the model gives the whole answer behind a context that a policy compressed."""
-    cut = sample.question_start
-    ids = torch.tensor([[*sample.ids, *sample.answer_ids]])
-    with attach(model, policy) if policy else nullcontext():
-        cache = model(input_ids=ids[:, :cut], use_cache=True, logits_to_keep=1).past_key_values
-        logits = model(input_ids=ids[:, cut:], past_key_values=cache, use_cache=True).logits[0]
-    answer = torch.tensor(sample.answer_ids)
-    return bool((logits[-len(answer) - 1 : -1].argmax(-1) == answer).all())
-
-
 def main() -> None:
     model, tokenizer = trained()
     search = Search(KEEP, LENGTHS, unseen=UNSEEN, samples=SAMPLES, seed=SEED)
     found = search.run(model, tokenizer, documents(tokenizer, 12 * UNSEEN))
     runs = {
-        "full cache": None,
-        "lines": MixtureOfSpans(search.budget, found.lines),
-        "one span for all": Streaming(Budget(KEEP, sinks=search.sinks, recent=1, every=search.every)),
+        "lines": (MixtureOfSpans(search.budget, found.lines),),
+        "one span for all": (Streaming(Budget(KEEP, sinks=search.sinks, recent=1, every=search.every)),),
     }
-    prompts = Passkey(length=UNSEEN).samples(tokenizer, PROMPTS, SEED + 1)
-    hits = {name: [recalled(model, prompt, policy) for prompt in prompts] for name, policy in runs.items()}
+    tried = trials(model, tokenizer, Passkey(length=UNSEEN), runs, PROMPTS, SEED + 1)
+    hits = {name: [record.right for record in t.result.records] for name, t in tried.items()}
     shares = {name: share(sum(right), PROMPTS) for name, right in hits.items()}
     gain = mean([e - r for e, r in zip(found.even, found.real, strict=True)])
     more = mean([float(a) - float(b) for a, b in zip(hits["lines"], hits["one span for all"], strict=True)])
@@ -77,7 +62,7 @@ def main() -> None:
         control={
             "divergence with one span for all": mean(found.even),
             "pass keys found with one span for all": shares["one span for all"],
-            "pass keys found with the full cache": shares["full cache"],
+            "pass keys found with the full cache": shares[FULL],
             "loss of the text: full, lines, one span": [number(x) for x in found.surprise],
         },
         seeds=[SEED, SEED + 1],
