@@ -44,7 +44,8 @@ OUT = HERE / "results"
 SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
 KEEP = 0.25
 PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 2, 16, 8
-PROMPTS = {"prompt": "cache_prompt.json", "memory": "cache_memory.json"}
+# what is kept of a measurement
+PROMPTS = {"prompt": ("seconds", "token", "bytes"), "memory": ("peak", "bytes")}
 # kinds beside one measurement of transformers: time drifts, memory does not
 BESIDE = {"prompt": 2, "memory": 8}
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -263,7 +264,7 @@ def prompt(args: argparse.Namespace) -> None:
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
     if args.what == "memory":
         env |= GIVING_BACK
-    file = OUT / PROMPTS[args.what]
+    file = OUT / f"cache_{args.what}.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     mine = [f"foveate:{k}" for k in kinds(args.kinds, tuple(SHARES))]
     if args.kvpress:
@@ -275,22 +276,25 @@ def prompt(args: argparse.Namespace) -> None:
             some = left[n : n + BESIDE[args.what]]
             # transformers between two kinds, so that it stands beside both
             order = [some[0], "transformers", *some[1:]]
-            rounds = [{who: measured(who, size, args.kvpress, env) for who in order} for _ in range(args.rounds)]
+            rounds = [{who: measured(who, size, args, env) for who in order} for _ in range(args.rounds)]
             for kind in some:
                 key = f"{size} {kind}"
                 result[key] = [{who: found[who] for who in ("transformers", kind)} for found in rounds]
-                print({"prompt": prompt_line, "memory": memory_line}[args.what](key, result[key]), flush=True)
+                print(TABLES[args.what][2](key, result[key]), flush=True)
             save(file, result)
 
 
-def measured(kind: str, size: str, kvpress: str | None, env: dict) -> dict:
+def measured(kind: str, size: str, args: argparse.Namespace, env: dict) -> dict:
     """What a process of its own says of one kind."""
-    python = kvpress if kind.startswith("kvpress") else sys.executable
+    python = args.kvpress if kind.startswith("kvpress") else sys.executable
     command = [python, __file__, "worker", kind, *size.split(" x ")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     last = said[-1] if said else f"ended with {done.returncode}"
-    return json.loads(last) if done.returncode == 0 else {"failed": last}
+    if done.returncode != 0:
+        return {"failed": last}
+    found = json.loads(last)
+    return {name: found[name] for name in PROMPTS[args.what]}
 
 
 def prompt_line(key: str, rounds: list[dict]) -> str:
@@ -326,7 +330,33 @@ def memory_line(key: str, rounds: list[dict]) -> str:
     )
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- what is written
+
+SIZES = ("tokens", "batch", "cache")
+TABLES = {
+    "decode": (
+        "one decoded token",
+        (*SIZES, "ms per token", "transformers'", "x transformers (quartiles)", "MB held", "share"),
+        decode_line,
+    ),
+    "prompt": (
+        f"a prompt and {PROMPT_TOKENS} tokens",
+        (
+            *SIZES,
+            "s to first token",
+            "x transformers (range)",
+            "each token, x transformers (range)",
+            "MB held",
+            "share",
+        ),
+        prompt_line,
+    ),
+    "memory": (
+        "the peak of the same work",
+        (*SIZES, "peak MB", "transformers'", "MB less (range)", "MB of the cache freed"),
+        memory_line,
+    ),
+}
 
 
 def save(file: Path, result: dict) -> None:
@@ -340,37 +370,12 @@ def save(file: Path, result: dict) -> None:
         "# A compressed KV cache: time and memory",
         f"smollm2, float32, {machine}. What each line is stands in the head of bench/cache.py; rounds are in the json.",
     ]
-    found = OUT / "cache_decode.json"
-    if found.exists():
-        lines = [
-            "`python bench/cache.py decode`: one decoded token; policies keep or read a quarter",
-            "",
-            "| tokens | batch | cache | ms per token | transformers' | x transformers (quartiles) | MB held | share |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [decode_line(key, rounds) for key, rounds in ordered(found)]
-        page.append("\n".join(lines))
-    found = OUT / PROMPTS["prompt"]
-    if found.exists():
-        lines = [
-            f"`python bench/cache.py prompt`: a prompt and {PROMPT_TOKENS} tokens; policies keep or read a quarter",
-            "",
-            "| tokens | batch | cache | s to first token | x transformers (range) | each token, x transformers (range) "
-            "| MB held | share |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [prompt_line(key, rounds) for key, rounds in ordered(found)]
-        page.append("\n".join(lines))
-    found = OUT / PROMPTS["memory"]
-    if found.exists():
-        lines = [
-            "`python bench/cache.py memory`: the peak of the same work; policies keep or read a quarter",
-            "",
-            "| tokens | batch | cache | peak MB | transformers' | MB less (range) | MB of the cache freed |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [memory_line(key, rounds) for key, rounds in ordered(found)]
-        page.append("\n".join(lines))
+    for what, (title, columns, line) in TABLES.items():
+        found = OUT / f"cache_{what}.json"
+        if found.exists():
+            head = [f"`python bench/cache.py {what}`: {title}; policies keep or read a quarter", ""]
+            head += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+            page.append("\n".join([*head, *(line(key, rounds) for key, rounds in ordered(found))]))
     (OUT / "cache.md").write_text("\n\n".join(page) + "\n")
 
 

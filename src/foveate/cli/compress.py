@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,19 +123,19 @@ def show(screen: Console, found: Compressed) -> None:
     candidates = found.searched.candidates
     # the share is in a name where it tells two apart
     alike = len({c.asked for c in candidates}) == 1
+    called = attrgetter("family" if alike else "name")
     for c in candidates[:8]:
         s = c.standing
         recalls = (f"{s.recall[p].value:.0%}" for p in probes)
-        table.add_row(c.family if alike else c.name, f"{s.share:.1%}", f"x {s.perplexity.value:.3f}", *recalls)
+        table.add_row(called(c), f"{s.share:.1%}", f"x {s.perplexity.value:.3f}", *recalls)
     full = found.searched.full
     table.add_row("full cache", "100.0%", "x 1.000", *(f"{full.recall[p].value:.0%}" for p in probes), style="dim")
     screen.print(table)
     for name, why in found.searched.impossible:
         screen.print(f"[dim]not tried: {name}: {why}[/]", soft_wrap=True)
     mine, whole, cost = found.verdict.standing, found.verdict.full, found.cost
-    best = found.verdict.candidate
     screen.print(
-        f"[bold]{best.family if alike else best.name}[/], on prompts and text that the search has not seen:",
+        f"[bold]{called(found.verdict.candidate)}[/], on prompts and text that the search has not seen:",
         soft_wrap=True,
     )
     proof = Table(box=box.SIMPLE_HEAD, pad_edge=False)
