@@ -1,7 +1,7 @@
 """Quality against bytes: every KV policy and plan, random eviction and the full cache on the same prompts; kvpress too.
 
     python bench/frontier.py [--tokens 2048 4096] [--keep 0.5 0.25 0.1] [--probes NAME ...] [--count 50]
-        [--protocol unseen seen] [--only NAME ...]
+        [--protocol unseen seen] [--only NAME ...] [--again]
     python bench/frontier.py kvpress PYTHON [--tokens 2048] [--keep 0.25] [--probes passkey key_value] [--count 20]
 
 smollm2, float32. A prompt is read once and every cache made from it (foveate.probe.trials): `unseen`, the text is
@@ -12,12 +12,14 @@ share of transformers' own cache.
 
 Plans: `heads + POLICY`: the KV heads whose rows put most weight on the answer (measured on passkey and key-value
 prompts of 700 tokens with another seed) keep everything, the others a twentieth of the text, chosen by the policy.
-`8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many. Policies
-that choose what a token reads hold everything; they are in the tables at the share that they read.
+`8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many; `8 bits` and
+`4 bits` drop nothing. Policies that choose what a token reads hold everything; they are in the tables at the share that
+they read.
 
 `kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts.
 
-What is done is kept in a file beside the results, prompt by prompt: a run that was broken off goes on.
+What is done is kept in a file beside the results, prompt by prompt: a run that was broken off goes on. What stands in
+the results for as many prompts is measured again only with --again, so that the matrix, which takes days, can grow.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 # this folder would hide Python's own module `profile`, which torch imports
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 OUT = HERE / "results"
-LEDGER = OUT / "frontier.ledger.jsonl"
+RESULTS, LEDGER = OUT / "frontier.json", OUT / "frontier.ledger.jsonl"
 PROBES = ("passkey", "key_value", "needles", "variable_tracking", "common_words", "planted_facts")
 PERPLEXITY = "perplexity"
 FOLLOW, STRETCHES = 128, 8
@@ -91,7 +93,7 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
         rest = max(68, round(part * tokens))
         return proposals.sparing(make(name, "compress"), gates, share, tokens, rest, every=0)
 
-    found: dict[str, tuple] = {}
+    found: dict[str, tuple] = {"8 bits": (bits,), "4 bits": (Quantised(bits=4),)}
     for share in shares:
 
         def add(name: str, *policies: Policy, share: float = share) -> None:
@@ -107,11 +109,9 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
             add(f"{name}, heads compete", one.within(Budget(share / proposals.OVERHEAD, every=0, heads="model")))
         for name in ("streaming", "expected_attention", "key_diversity", "last_token"):
             add(f"heads + {name}", spared(name, share))
-        if share > packed * 0.3:
-            more = min(1.0, share / packed)
+        if packed * 0.3 < share < packed:
             for name in ("expected_attention", "last_token"):
-                one = make(name, "compress").within(Budget(1.0, every=0)) if more == 1.0 else spared(name, more)
-                add(f"8 bits + heads + {name}", one, bits)
+                add(f"8 bits + heads + {name}", spared(name, share / packed), bits)
         if share == 0.25:
             for name in readers:
                 add(f"{name} (reads)", make(name, "compress").within(Budget(share, every=0)))
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--protocol", nargs="+", default=["unseen", "seen"], choices=("unseen", "seen"))
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="policies and plans by name")
+    parser.add_argument("--again", action="store_true", help="measure again what is in the results")
     args = parser.parse_args()
     if unknown := set(args.probes) - {*PROBES, PERPLEXITY}:
         parser.error(f"no such probe: {', '.join(sorted(unknown))}; there are {', '.join((*PROBES, PERPLEXITY))}")
@@ -166,7 +167,9 @@ def main() -> None:
             for name in args.probes:
                 if name == PERPLEXITY and protocol == "seen":
                     continue
-                save(f"{protocol} {tokens} {name}", ours(model, tokenizer, name, tokens, tried, args.count, protocol))
+                key = f"{protocol} {tokens} {name}"
+                if left := {n: p for n, p in tried.items() if args.again or not is_done(key, n, args.count)}:
+                    save(key, ours(model, tokenizer, name, tokens, left, args.count, protocol))
 
 
 def ours(model, tokenizer, name: str, tokens: int, tried: dict, count: int, protocol: str) -> dict[str, dict]:
@@ -222,16 +225,19 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
     cases = [(t, n, p, k) for t in args.tokens for n in args.probes for p in args.only or PRESSES for k in args.keep]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
         for tokens, name, press, share in cases:
+            key, row = f"unseen {tokens} {name}", f"kvpress {press} @ {share:g}"
+            if not args.again and is_done(key, row, args.count):
+                continue
             jobs, graded = asked(model, tokenizer, name, tokens, args.count)
             entries = []
             for n, job in enumerate(jobs):
-                key = Ledger.key("kvpress", press, share, job)
-                if key not in ledger:
-                    ledger.add(key, answered(worker, job | {"press": press, "keep": share}))
-                entries.append(ledger[key])
+                known = Ledger.key("kvpress", press, share, job)
+                if known not in ledger:
+                    ledger.add(known, answered(worker, job | {"press": press, "keep": share}))
+                entries.append(ledger[known])
                 print(f"\rkvpress {tokens} {name} {press} {share}: {n + 1}", end="", flush=True)
             numbers = graded(entries) | {"share": sum(e["share"] for e in entries) / len(entries)}
-            save(f"unseen {tokens} {name}", {f"kvpress {press} @ {share:g}": numbers})
+            save(key, {row: numbers})
             print(f": {numbers['value']:.3f}")
         assert worker.stdin
         worker.stdin.close()
@@ -281,14 +287,23 @@ def asked(model, tokenizer, name: str, tokens: int, count: int) -> tuple[list[di
 # ---------------------------------------------------------------- what is written
 
 
+def results() -> dict[str, dict]:
+    """What was measured so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def is_done(key: str, row: str, count: int) -> bool:
+    """Whether a row was measured on so many prompts already."""
+    return results().get(key, {}).get(row, {}).get("count", 0) >= (STRETCHES if key.endswith(PERPLEXITY) else count)
+
+
 def save(key: str, found: dict[str, dict]) -> None:
     """Adds results, and writes the page from all that there are."""
     import torch
 
-    file = OUT / "frontier.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
+    result = results()
     result.setdefault(key, {}).update(found)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     page = [
         "# Quality against bytes",
         f"`python bench/frontier.py` on {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "

@@ -160,7 +160,7 @@ def test_an_expert_that_is_off_is_one_with_no_chance() -> None:
         other.model.layers[1].mlp.router.bias[2] = -1e30
         with attach(model, ExpertSwitch(off=((1, 2),))):
             got = model(**given).logits
-        torch.testing.assert_close(got, other(**given).logits)
+        torch.testing.assert_close(got, other(**given).logits, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(got, model(**given).logits)
 
 
