@@ -324,7 +324,7 @@ def save(key: str, found: dict[str, dict]) -> None:
 
 def by_share(name: str) -> tuple:
     kind, _, share = name.partition(" @ ")
-    return (-float(share or 1), kind.startswith("kvpress"), kind)
+    return (kind != "full", -float(share or 1), kind.startswith("kvpress"), kind)
 
 
 def line(name: str, columns: list[dict[str, dict]]) -> str:
