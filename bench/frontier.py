@@ -12,9 +12,9 @@ share of transformers' own cache.
 
 Plans: `heads + POLICY`: the KV heads whose rows put most weight on the answer (measured on passkey and key-value
 prompts of 700 tokens with another seed) keep everything, the others a twentieth of the text, chosen by the policy.
-`8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many; `8 bits` and
-`4 bits` drop nothing. Policies that choose what a token reads hold everything; they are in the tables at the share that
-they read.
+`8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many; `8/4 bits`:
+keys in 8 bits and values in 4; `4 bits`: both in 4; alone, they drop nothing. Policies that choose what a token reads
+hold everything; they are in the tables at the share that they read.
 
 `kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts.
 
@@ -66,6 +66,7 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     from foveate.core.budget import Amount, Budget
     from foveate.core.mechanism import Policy
     from foveate.core.policy import Held
+    from foveate.core.ragged import SIDES
     from foveate.core.registry import make
     from foveate.planning import proposals
 
@@ -85,15 +86,19 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     fitted = {"retrieval_heads", "gated_heads", "mixture_of_spans"}
     scored = [n for n in known if "score" in make(n, "compress").parts and n not in fitted]
     readers = [n for n in known if "read" in make(n, "compress").parts]
-    bits = Quantised()
-    # keys and values in 8 bits, and with each entry its position and score
-    packed = (2 * bits.row_bytes(64, torch.float32) + 8) / (2 * 64 * 4)
+    stores = {"8 bits": Quantised(), "8/4 bits": Quantised(value_bits=4), "4 bits": Quantised(bits=4)}
+
+    def part(store: Quantised) -> float:
+        # and with each entry its position and score
+        return (sum(store.row_bytes(64, torch.float32, side) for side in SIDES) + 8) / (2 * 64 * 4)
+
+    packed = {n: part(store) for n, store in stores.items()}
 
     def spared(name: str, share: float, part: float = 0.05) -> Policy:
         rest = max(68, round(part * tokens))
         return proposals.sparing(make(name, "compress"), gates, share, tokens, rest, every=0)
 
-    found: dict[str, tuple] = {"8 bits": (bits,), "4 bits": (Quantised(bits=4),)}
+    found: dict[str, tuple] = {n: (store,) for n, store in stores.items()}
     for share in shares:
 
         def add(name: str, *policies: Policy, share: float = share) -> None:
@@ -109,9 +114,10 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
             add(f"{name}, heads compete", one.within(Budget(share / proposals.OVERHEAD, every=0, heads="model")))
         for name in ("streaming", "expected_attention", "key_diversity", "last_token"):
             add(f"heads + {name}", spared(name, share))
-        if packed * 0.3 < share < packed:
-            for name in ("expected_attention", "last_token"):
-                add(f"8 bits + heads + {name}", spared(name, share / packed), bits)
+        for n, store in stores.items():
+            if packed[n] * 0.3 < share < packed[n]:
+                for name in ("expected_attention", "last_token"):
+                    add(f"{n} + heads + {name}", spared(name, share / packed[n]), store)
         if share == 0.25:
             for name in readers:
                 add(f"{name} (reads)", make(name, "compress").within(Budget(share, every=0)))

@@ -127,15 +127,22 @@ def test_what_is_proposed():
     def fit(name, share):
         return Streaming(share)
 
+    def size(store):
+        return 100 if store is None else 23 if store.value_bits else 30
+
     tokens = 2000
-    policies = named(["key_norm", "quantised", "pages", "gated_heads", "streaming"])
-    found = {f.name: f for f in families(policies, GATES, tokens, lambda store: 100 if store is None else 30, fit)}
+    policies = named(["key_norm", "quantised", "quantised:value_bits=4", "pages", "gated_heads", "streaming"])
+    found = {f.name: f for f in families(policies, GATES, tokens, size, fit)}
     for name in ("key_norm", "key_norm sparing heads, 20% elsewhere", "quantised", "pages (reads)", "gated_heads"):
         assert name in found
     assert "key_norm, quantised" in found and "pages (reads), quantised" not in found
     assert found["quantised"].at(0.4) == (Quantised(),)
     with pytest.raises(BadInput, match="takes 32%"):
         found["quantised"].at(0.25)
+    # with values in 4 bits everything fits
+    assert found["quantised:value_bits=4"].at(0.25) == (Quantised(value_bits=4),)
+    kept, store = found["key_norm, quantised:value_bits=4"].at(0.115)
+    assert store == Quantised(value_bits=4) and kept.limits.keep == pytest.approx(0.5 / 1.05)
     with pytest.raises(BadInput, match="more than all of it takes"):
         found["key_norm, quantised"].at(0.4)
     kept, store = found["key_norm, quantised"].at(0.15)
@@ -179,8 +186,6 @@ def test_what_is_fitted_holds_the_share(name, monkeypatch):
 def test_policies_that_cannot_be_proposed():
     with pytest.raises(BadInput, match="only says what dropped entries leave behind"):
         named(["merge_dropped"])
-    with pytest.raises(BadInput, match="name one of them"):
-        named(["quantised", "quantised:bits=4"])
     with pytest.raises(UnknownName, match="key_norm"):
         named(["key_nrom"])
 

@@ -20,7 +20,7 @@ from foveate.core.mask import Mask
 from foveate.core.mechanism import Policy
 from foveate.core.packed import IntegerRows, grouping, rotation
 from foveate.core.policy import Held
-from foveate.core.ragged import EMPTY, Packed, Ragged
+from foveate.core.ragged import EMPTY, SIDES, Packed, Ragged
 from foveate.core.rows import Rows, View
 from foveate.testing import check_mechanism, tiny
 from foveate.testing.policies import decoded, ids_of, left_padded, padded_ids, run
@@ -226,17 +226,29 @@ def test_a_slot_that_was_never_set_spoils_no_other():
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.30), (4, 0.18)])
 @pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
 def test_bytes(bits, most, width):
-    made = Quantised(bits).store(random(1, width), 1000)
+    made = Quantised(bits).store(random(1, width), 1000, "keys")
     held = sum(t.nbytes for t in vars(made).values() if isinstance(t, torch.Tensor))
-    assert held == 1000 * Quantised(bits).row_bytes(width, torch.float32)
+    assert held == 1000 * Quantised(bits).row_bytes(width, torch.float32, "keys")
     assert held <= most * 1000 * width * 4
 
 
+@pytest.mark.parametrize(("bits", "want"), [((8, 4), (8, 4)), ((4, 8), (4, 8)), ((4, 0), (4, 4)), ((8,), (8, 8))])
+def test_values_can_have_other_bits_than_keys(bits, want):
+    made = Quantised(*bits)
+    assert tuple(made.store(random(1, 64), 10, side).bits for side in SIDES) == want
+    with torch.no_grad(), foveate.attach(tiny.model("llama"), made, Streaming(SMALL)) as attached:
+        cache = attached.model(ids_of()[:, :41]).past_key_values
+        cache = attached.model(ids_of()[:, 41:44], past_key_values=cache).past_key_values
+    for layer in ragged_layers(cache):
+        layer.settle()
+        assert (layer.store.keys.bits, layer.store.values.bits) == want
+
+
 @pytest.mark.skipif(not native.available(), reason="the native kernel is not built")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [(8,), (4,), (8, 4)])
 def test_decoded_tokens_read_codes_as_they_stand(bits, monkeypatch):
     model, ids = tiny.model("llama"), ids_of()
-    with torch.no_grad(), foveate.attach(model, Quantised(bits)) as attached:
+    with torch.no_grad(), foveate.attach(model, Quantised(*bits)) as attached:
         cache = attached.model(ids[:, :41]).past_key_values
         monkeypatch.setattr(native, "available", lambda: False)
         want = attached.model(ids[:, 41:42], past_key_values=cache).logits
@@ -269,7 +281,7 @@ def test_products_of_rows_are_the_same_in_the_basis_that_is_read(width):
 
 
 def test_other_packed_rows_are_taken_as_numbers():
-    eight, four = (Quantised(bits).store(random(1, 64), 10) for bits in (8, 4))
+    eight, four = (Quantised(bits).store(random(1, 64), 10, "keys") for bits in (8, 4))
     eight[:] = random(10, 64)
     four[:] = eight
     assert float((four.dense() - eight.dense()).norm() / eight.dense().norm()) < 0.13
@@ -329,7 +341,7 @@ def test_a_budget_in_bytes_knows_the_stored_form():
     assert max(plain, packed) < 48_000
 
 
-@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": True}, {"group": 4}])
+@pytest.mark.parametrize("bad", [{"bits": 3}, {"bits": True}, {"value_bits": 16}, {"group": 4}])
 def test_what_it_cannot_be(bad, unchecked):
     with pytest.raises(BadParameter, match=re.escape(f"Quantised({next(iter(bad))}=")):
         Quantised(**bad)

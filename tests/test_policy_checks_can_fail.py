@@ -98,8 +98,11 @@ class Stores(Policy):
     card: ClassVar = Sound.card
     form: ClassVar = Halves
 
-    def store(self, rows, slots):
+    def store(self, rows, slots, side):
         return self.form(torch.empty(slots, rows.shape[1], dtype=torch.bfloat16), rows.dtype)
+
+    def row_bytes(self, width, dtype, side):
+        return width * torch.bfloat16.itemsize
 
 
 def of(base, name: str, **members):
@@ -204,6 +207,12 @@ def test_a_choice_that_cannot_be_is_caught(chosen):
     broken = of(Reads, "Wrong", read=lambda self, reading: chosen(Reads.read(self, reading)))
     with pytest.raises(CheckFailed, match="reads_what_it_chose"):
         check_mechanism(broken, only=["reads_what_it_chose"])
+
+
+def test_storage_that_takes_more_than_it_says_is_caught():
+    broken = of(Stores, "Understates", row_bytes=lambda self, width, dtype, side: width * (2 if side == "keys" else 1))
+    with pytest.raises(CheckFailed, match="50 rows of values take"):
+        check_mechanism(broken, only=["stored_rows"])
 
 
 def test_a_cache_that_anybody_may_read_is_caught(monkeypatch):

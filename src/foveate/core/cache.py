@@ -8,7 +8,6 @@ prompt's keys that are not kept are never stored, and a call that fails leaves t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers.cache_utils import (
 
 from foveate.core.errors import NotSupported
 from foveate.core.mask import Mask
-from foveate.core.ragged import Ragged
+from foveate.core.ragged import Ragged, Store
 
 __all__ = ["RaggedLayer", "adopt", "ragged_layers"]
 
@@ -190,7 +189,7 @@ class RaggedLayer(CacheLayerMixin):
     def settle(
         self,
         valid: Bool[Tensor, "batch new"] | None = None,
-        store: Callable[[Tensor, int], Any] | None = None,
+        store: Store | None = None,
     ) -> None:
         """Stores what came with the call, all of it; nothing when nothing did.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from foveate.core.passes import Passes
     from foveate.core.policy import Held, Merged, Reading
-    from foveate.core.ragged import Packed
+    from foveate.core.ragged import Packed, Side
     from foveate.core.rows import Layer, RowBlock, Rows, View
     from foveate.core.traffic import Shape, Traffic
 
@@ -349,12 +349,12 @@ class Policy(Mechanism):
         """What the entries that stay are to be, now that the others go: new keys, values and masses."""
         raise NotImplementedError
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> Packed:
-        """Empty storage of so many slots for rows like these."""
+    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side) -> Packed:
+        """Empty storage of so many slots for rows like these, which are the `keys` or the `values` of entries."""
         raise NotImplementedError
 
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Bytes of one stored key or value, for budgets in bytes."""
+    def row_bytes(self, width: int, dtype: torch.dtype, side: Side) -> int:
+        """Bytes of one row of the stored `keys` or `values`, for budgets in bytes."""
         return width * dtype.itemsize
 
     def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:

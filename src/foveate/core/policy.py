@@ -17,7 +17,7 @@ from foveate.core.card import Needs
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Tilt
-from foveate.core.ragged import EMPTY, Ragged
+from foveate.core.ragged import EMPTY, SIDES, Ragged
 from foveate.core.reductions import Last
 from foveate.core.rows import Rows, View, attend
 
@@ -397,5 +397,8 @@ def best(
 def entry_bytes(view: View, policies: Policies) -> int:
     """What one entry takes: key, value, position, score, and its mass where entries are merged."""
     rows = [(t.shape[3], t.dtype) for t in (view.k, view.v)]
-    stored = [w * d.itemsize if policies.store is None else policies.store.row_bytes(w, d) for w, d in rows]
-    return sum(stored) + (8 if policies.merge is None else 12)
+    if policies.store is None:
+        stored = sum(width * dtype.itemsize for width, dtype in rows)
+    else:
+        stored = sum(policies.store.row_bytes(*row, side) for row, side in zip(rows, SIDES, strict=True))
+    return stored + (8 if policies.merge is None else 12)

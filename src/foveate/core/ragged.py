@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.core import native
 from foveate.core.mask import Mask
 
-__all__ = ["EMPTY", "Packed", "Ragged", "numbers"]
+__all__ = ["EMPTY", "SIDES", "Packed", "Ragged", "Side", "Store", "numbers", "tensors_in"]
 
 EMPTY = torch.iinfo(torch.int32).max
 # rows that the kernel takes at once without packing the whole flat list for each head
@@ -73,6 +73,9 @@ class Packed:
 
 
 Storage = Any
+Side = Literal["keys", "values"]
+SIDES: tuple[Side, Side] = ("keys", "values")
+Store = Callable[[Tensor, int, Side], Storage]
 
 
 def numbers(rows: Tensor | Packed) -> Tensor:
@@ -160,7 +163,7 @@ class Ragged:
         length: Int[Tensor, "batch kv_heads"],
         spare: int | None = None,
         mass: Float[Tensor, " entries"] | None = None,
-        store: Callable[[Tensor, int], Storage] | None = None,
+        store: Store | None = None,
     ) -> Ragged:
         """From entries in order of batch row, KV head and position.
 
@@ -172,7 +175,7 @@ class Ragged:
             length: How many entries each stretch has.
             spare: Free slots behind each stretch; None: one in 32, at least 16.
             mass: How many tokens each stands for; None: one.
-            store: Makes empty storage for rows; None: as they are stored now.
+            store: Makes empty storage for so many rows of `keys` or `values`; None: as they are stored now.
         """
         room = length + (spare if spare is not None else (length // SPARE).clamp_min(16))
         ends = room.flatten().cumsum(0)
@@ -181,10 +184,10 @@ class Ragged:
         before = counts.cumsum(0) - counts
         to = torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(len(keys), device=keys.device)
         slots = int(ends[-1])
-        fresh = store or (lambda rows, slots: rows.new_empty(slots, rows.shape[1]))
+        fresh = store or (lambda rows, slots, _: rows.new_empty(slots, rows.shape[1]))
         made = cls(
-            fresh(keys, slots),
-            fresh(values, slots),
+            fresh(keys, slots, "keys"),
+            fresh(values, slots, "values"),
             torch.full((slots,), EMPTY, dtype=torch.int32, device=keys.device),
             torch.zeros(slots, device=keys.device),
             start,
@@ -208,7 +211,7 @@ class Ragged:
         first: int = 0,
         spare: int | None = None,
         mass: Float[Tensor, "batch kv_heads key"] | None = None,
-        store: Callable[[Tensor, int], Storage] | None = None,
+        store: Store | None = None,
     ) -> Ragged:
         """From the keys and values of one call, of which `keep` stay; what is dropped is never stored.
 
@@ -320,8 +323,8 @@ class Ragged:
         at = keep.nonzero(as_tuple=True)
         slot = self.start[at[0], at[1]] + at[2]
 
-        def store(rows: Tensor, slots: int) -> Storage:
-            return (self.keys if rows is keys else self.values).new_empty(slots, rows.shape[1])
+        def store(rows: Tensor, slots: int, side: Side) -> Storage:
+            return (self.keys if side == "keys" else self.values).new_empty(slots, rows.shape[1])
 
         keys, values = k[at].to(self.keys.dtype), v[at].to(self.values.dtype)
         return Ragged.packed(

@@ -16,6 +16,7 @@ from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
 from foveate.core.places import Value as Gate
 from foveate.core.plan import Plan, fingerprint, read, written
+from foveate.core.ragged import SIDES
 from foveate.finding.reporting import Spread, spread, timed
 from foveate.planning.examining import Exam, Tell, split
 from foveate.planning.goals import PERPLEXITY, PROBES, Goal
@@ -188,7 +189,10 @@ def cache_bytes(model: Any, tokens: int) -> tuple[int, Any]:
     full = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
 
     def per_head(store: Policy | None) -> int:
-        return 2 * (width * model.dtype.itemsize if store is None else store.row_bytes(width, model.dtype) + 4)
+        if store is None:
+            return 2 * width * model.dtype.itemsize
+        # and with each entry its position and its score
+        return sum(store.row_bytes(width, model.dtype, side) for side in SIDES) + 8
 
     return full, per_head
 

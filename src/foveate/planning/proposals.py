@@ -1,7 +1,7 @@
 """Sets of policies that hold a given share of a cache.
 
 A policy that scores entries is proposed in two ways: the same number for every head, and *sparing* the heads that find
-answers, which keep everything while the policy chooses a few tokens for the others. A policy that stores entries in
+answers, which keep everything while the policy chooses a few tokens for the others. Each policy that stores entries in
 fewer bits is proposed alone and beside these.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["OVERHEAD", "USUAL", "Family", "families", "named", "spared_heads", "
 
 # positions, scores and spare slots that come with each entry that is held
 OVERHEAD = 1.05
-USUAL = ("expected_attention", "key_diversity", "streaming", "quantised")
+USUAL = ("expected_attention", "key_diversity", "streaming", "quantised", "quantised:value_bits=4")
 """What is proposed when a user names nothing."""
 ELSEWHERE = (0.2, 0.5)
 """Share of the budget that the heads which are not spared get."""
@@ -50,7 +50,7 @@ def named(specs: Sequence[str]) -> list[Policy]:
     """The policies that a user names, with parameters as `observation_window:window=16`.
 
     Raises:
-        BadInput: a policy that only acts beside another one; several that store entries.
+        BadInput: a policy that only acts beside another one.
         UnknownName: no such policy.
     """
     made = []
@@ -66,9 +66,15 @@ def named(specs: Sequence[str]) -> list[Policy]:
                 "both in a plan with foveate.Plan.of"
             )
         made.append(policy)
-    if sum("store" in policy.parts for policy in made) > 1:
-        raise BadInput("several policies say how entries are stored; name one of them, with its parameters")
     return made
+
+
+def spec(policy: Policy) -> str:
+    """A policy as a user names it: its name, and the parameters that are not the usual ones."""
+    given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    usual = {f.name: f.default for f in dataclasses.fields(policy)}
+    told = ",".join(f"{name}={value}" for name, value in given.items() if value != usual[name])
+    return f"{policy.name}:{told}" if told else policy.name
 
 
 def with_fit(policy: Policy) -> bool:
@@ -93,12 +99,12 @@ def families(
         head_bytes: Bytes of one entry of one head under a policy that stores; None: as the model makes it.
         fit: Finds the parameters of a policy by name, for a share.
     """
-    stores = [policy for policy in policies if "store" in policy.parts]
+    stores = {spec(policy): policy for policy in policies if "store" in policy.parts}
     found: list[Family] = []
 
     def add(name: str, at: Callable[[float], tuple[Policy, ...]]) -> None:
         found.append(Family(name, at))
-        for store in stores:
+        for form, store in stores.items():
             part = head_bytes(store) / head_bytes(None)
 
             def packed(share: float, part: float = part, store: Policy = store) -> tuple[Policy, ...]:
@@ -106,13 +112,14 @@ def families(
                     raise BadInput(f"{share:.0%} is more than all of it takes when it is stored so")
                 return (*at(share / part), store)
 
-            found.append(Family(f"{name}, {store.name}", packed))
+            found.append(Family(f"{name}, {form}", packed))
 
+    for form, store in stores.items():
+        found.append(Family(form, only(store, head_bytes(store) / head_bytes(None) * OVERHEAD)))
     for policy in policies:
-        if policy in stores:
-            part = head_bytes(policy) / head_bytes(None) * OVERHEAD
-            found.append(Family(policy.name, only(policy, part)))
-        elif with_fit(policy):
+        if policy in stores.values():
+            continue
+        if with_fit(policy):
             add(policy.name, single(partial(fit, policy.name)))
         elif "read" in policy.parts:
             found.append(Family(f"{policy.name} (reads)", single(policy.within)))
@@ -154,7 +161,7 @@ def only(store: Policy, least: float) -> Callable[[float], tuple[Policy, ...]]:
 
     def at(share: float) -> tuple[Policy, ...]:
         if share < least:
-            raise BadInput(f"{store.name} alone takes {least:.0%} of the cache, more than {share:.0%}")
+            raise BadInput(f"{spec(store)} alone takes {least:.0%} of the cache, more than {share:.0%}")
         return (store,)
 
     return at

@@ -20,6 +20,7 @@ from foveate.core.card import Card, Needs
 from foveate.core.mechanism import Policy
 from foveate.core.packed import IntegerRows
 from foveate.core.params import bounded, choice
+from foveate.core.ragged import Side
 
 __all__ = ["Quantised"]
 
@@ -30,10 +31,11 @@ class Quantised(Policy):
 
     Args:
         bits: Of each channel, 8 or 4.
+        value_bits: Of each channel of values, where they get other ones than keys; 0: as many.
         group: Channels of a row that share a middle and a step, at most.
 
     Example:
-        All entries stay, in a third or a fifth of the bytes; positions and scores are counted with them.
+        All entries stay, in a third, a quarter or a fifth of the bytes; positions and scores are counted with them.
 
         >>> import foveate
         >>> from foveate.compress import Quantised, Streaming
@@ -44,11 +46,12 @@ class Quantised(Policy):
         ...         cache = attached.model(ids).past_key_values
         ...         return attached.bytes_held()
         >>> whole = held(Streaming(1.0))
-        >>> [round(held(Quantised(bits)) / whole, 2) for bits in (8, 4)]
-        [0.3, 0.18]
+        >>> [round(held(Quantised(*bits)) / whole, 2) for bits in ((8,), (8, 4), (4,))]
+        [0.3, 0.24, 0.18]
     """
 
     bits: int = choice(8, 8, 4)
+    value_bits: int = choice(0, 0, 8, 4)
     group: int = bounded(32, 8, 256)
 
     card: ClassVar = Card(
@@ -61,16 +64,22 @@ class Quantised(Policy):
         "back after attention, the paper folds that rotation into the weights; each group is rotated by itself, which "
         "keeps the two halves that rotary positions pair apart; nothing is clipped; a group whose size is no power of "
         "two is rotated by a Hadamard matrix times a Hartley matrix; m and s are in bfloat16. KIVI gives each channel "
-        "of keys a step of its own over many tokens, which is closer at 4 bits and needs the tokens to stay together",
+        "of keys a step of its own over many tokens, which is closer at 4 bits and needs the tokens to stay together; "
+        "values can have fewer bits than keys, as in KVTuner",
         use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
         misleads="it saves bytes and no time on a CPU, where decoding a row takes as long as reading a whole one, and "
         "takes more of it for a few short texts; without the native kernel rows are turned into numbers again at each "
         "token. The call that brings tokens still sees them as they came, so that the loss shows from the next call on",
+        claims=("value_bits",),
     )
-    test_params: ClassVar = ({}, {"bits": 4})
+    test_params: ClassVar = ({}, {"bits": 4}, {"value_bits": 4})
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int) -> IntegerRows:
-        return IntegerRows.empty(slots, rows.shape[1], self.bits, self.group, rows.dtype, rows.device)
+    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side) -> IntegerRows:
+        return IntegerRows.empty(slots, rows.shape[1], self.bits_of(side), self.group, rows.dtype, rows.device)
 
-    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        return IntegerRows.row_bytes(width, self.bits, self.group)
+    def row_bytes(self, width: int, dtype: torch.dtype, side: Side) -> int:
+        return IntegerRows.row_bytes(width, self.bits_of(side), self.group)
+
+    def bits_of(self, side: Side) -> int:
+        """Of each channel of the keys or of the values."""
+        return (self.value_bits if side == "values" else 0) or self.bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ from foveate.core.errors import NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Policy
 from foveate.core.policy import Held, Merged
-from foveate.core.ragged import EMPTY, numbers
+from foveate.core.ragged import EMPTY, SIDES, numbers, tensors_in
 from foveate.core.reductions import Reduction
 from foveate.core.rows import View, attend
 from foveate.testing import tiny
@@ -214,15 +215,17 @@ def stored_rows(m: Policy) -> None:
     if "store" not in m.parts:
         return
     rows = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, side in itertools.product((torch.float32, torch.bfloat16), SIDES):
         given = rows.to(dtype)
-        made = m.store(given, 50)
+        made = m.store(given, 50, side)
+        held = sum(t.nbytes for t in tensors_in(made))
+        expect(held == 50 * m.row_bytes(32, dtype, side), f"50 rows of {side} take {held} bytes, not what it says")
         to = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:37]
         made[to] = given
         back = numbers(made[to])
-        expect(back.dtype == dtype, f"gives {back.dtype} for {dtype}")
+        expect(back.dtype == dtype, f"{side}: gives {back.dtype} for {dtype}")
         off = float(((back - given).norm(dim=-1) / given.norm(dim=-1)).max())
-        expect(off <= 0.12, f"a row is off by {off:.3g} of its length")
+        expect(off <= 0.12, f"{side}: a row is off by {off:.3g} of its length")
         taken = made[to]
         made[to.flip(0)] = taken[torch.arange(36, -1, -1)]
         expect(bool((numbers(made[to]) == back).all()), "what is moved to another slot is not the same")
