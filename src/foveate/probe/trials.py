@@ -2,7 +2,8 @@
 
 Policies act when a text has been read. What comes behind it, the question and the answer, or the next tokens of the
 text, stays whole: they are a few dozen tokens, and so nothing depends on when the next round of dropping is due.
-Entries that are read by choice are chosen at each token, as always.
+Entries that are read by choice are chosen at each token, as always, where tokens come one by one: those of an answer and
+those of the next stretch of text; a question comes at once and sees everything.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ PIECE = 32
 
 Settings = Mapping[str, Sequence[Policy]]
 Progress = Callable[[int, int], None]
+GoOn = Callable[[DynamicCache, Tensor, int], Sequence[Any]]
+"""Goes on behind a text, from its cache and its last logits; so many tokens that are known may come in one call."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def trials(
         at = sample.question_start if unseen else len(sample.ids)
         text, rest = sample.ids[:at], sample.ids[at:]
 
-        def answers(cache: DynamicCache, logits: Tensor) -> list[list[int]]:
+        def answers(cache: DynamicCache, logits: Tensor, _: int) -> list[list[int]]:
             return spoken(model, cache, logits, rest, limit(sample), stop)
 
         return {
@@ -156,8 +159,8 @@ def continuations(
     def one(n: int, todo: Settings) -> dict[str, dict[str, Any]]:
         ids = list(texts[n])
 
-        def losses(cache: DynamicCache, logits: Tensor) -> list[float]:
-            return surprise(model, cache, logits, ids[-follow:])
+        def losses(cache: DynamicCache, logits: Tensor, piece: int) -> list[float]:
+            return surprise(model, cache, logits, ids[-follow:], piece)
 
         return {
             name: {"loss": loss, "share_held": held} for name, loss, held in each(model, ids[:-follow], todo, losses)
@@ -195,9 +198,7 @@ def kept(
     return found
 
 
-def each(
-    model: Any, text: Sequence[int], settings: Settings, go_on: Callable[[DynamicCache, Tensor], Sequence[Any]]
-) -> Iterator[tuple[str, Any, float]]:
+def each(model: Any, text: Sequence[int], settings: Settings, go_on: GoOn) -> Iterator[tuple[str, Any, float]]:
     """What comes of going on behind a text with each cache: name, result, and the share of bytes held."""
     if not text:
         raise BadInput("there is no text before the question; a policy would have nothing to act on")
@@ -231,11 +232,13 @@ def under(
     cache: DynamicCache,
     made: Branched,
     rows: int,
-    go_on: Callable[[DynamicCache, Tensor], Sequence[Any]],
+    go_on: GoOn,
 ) -> Sequence[Any]:
     """Goes on with a cache under policies, or under none of them."""
+    # what is read is chosen for tokens that come alone
+    piece = 1 if Policies.of(policies).read else PIECE
     with attach(model, *(policies or (Whole(),)), trial=False):
-        return go_on(cache, made.logits.expand(rows, -1))
+        return go_on(cache, made.logits.expand(rows, -1), piece)
 
 
 def spoken(
@@ -266,16 +269,16 @@ def spoken(
 
 
 def surprise(
-    model: Any, cache: DynamicCache, logits: Float[Tensor, "rows vocabulary"], ids: Sequence[int]
+    model: Any, cache: DynamicCache, logits: Float[Tensor, "rows vocabulary"], ids: Sequence[int], piece: int
 ) -> list[float]:
-    """The mean loss of the tokens that follow, for each row of a cache."""
+    """The mean loss of the tokens that follow, given so many at a time, for each row of a cache."""
     rows = len(logits)
     true: Int[Tensor, " tokens"] = torch.tensor(list(ids), device=model.device)
     total = nn.functional.cross_entropy(logits.float(), true[:1].expand(rows), reduction="none").double()
-    for start in range(0, len(ids) - 1, PIECE):
-        stop = min(start + PIECE, len(ids) - 1)
-        piece = true[None, start:stop].expand(rows, -1)
-        given = model(input_ids=piece, past_key_values=cache, use_cache=True).logits.float()
+    for start in range(0, len(ids) - 1, piece):
+        stop = min(start + piece, len(ids) - 1)
+        some = true[None, start:stop].expand(rows, -1)
+        given = model(input_ids=some, past_key_values=cache, use_cache=True).logits.float()
         wanted = true[None, start + 1 : stop + 1].expand(rows, -1)
         total += nn.functional.cross_entropy(given.transpose(1, 2), wanted, reduction="none").double().sum(-1)
     return (total / len(ids)).tolist()
