@@ -16,7 +16,8 @@ prompts of 700 tokens with another seed) keep everything, the others a twentieth
 keys in 8 bits and values in 4; `4 bits`: both in 4; alone, they drop nothing. Policies that choose what a token reads
 hold everything; they are in the tables at the share that they read.
 
-`kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts.
+`kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts; with
+`--only QuantizedCache` transformers' own cache of 4 bits (it needs optimum-quanto), which drops nothing.
 
 What is done is kept in a file beside the results, prompt by prompt: a run that was broken off goes on. What stands in
 the results for as many prompts is measured again only with --again, so that the matrix, which takes days, can grow.
@@ -231,7 +232,8 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
     cases = [(t, n, p, k) for t in args.tokens for n in args.probes for p in args.only or PRESSES for k in args.keep]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
         for tokens, name, press, share in cases:
-            key, row = f"unseen {tokens} {name}", f"kvpress {press} @ {share:g}"
+            row = f"transformers {press}" if press == "QuantizedCache" else f"kvpress {press} @ {share:g}"
+            key = f"unseen {tokens} {name}"
             if not args.again and is_done(key, row, args.count):
                 continue
             jobs, graded = asked(model, tokenizer, name, tokens, args.count)
@@ -330,7 +332,7 @@ def save(key: str, found: dict[str, dict]) -> None:
 
 def by_share(name: str) -> tuple:
     kind, _, share = name.partition(" @ ")
-    return (kind != "full", -float(share or 1), kind.startswith("kvpress"), kind)
+    return (kind != "full", -float(share or 1), kind.startswith(("kvpress", "transformers")), kind)
 
 
 def line(name: str, columns: list[dict[str, dict]]) -> str:

@@ -28,7 +28,10 @@ SETTINGS = {
     "model": (ExpectedAttention(foveate.Budget(0.3, sinks=1, recent=2, every=0, heads="model")),),
     "merged": (HeavyHitters(FEW), MergeDropped()),
 }
-OTHERS = {"packed": (Streaming(FEW), Quantised()), "pages": (Pages(foveate.Budget(8, sinks=1, recent=2, every=0), page=4, first=0),)}
+OTHERS = {
+    "packed": (Streaming(FEW), Quantised()),
+    "pages": (Pages(foveate.Budget(8, sinks=1, recent=2, every=0), page=4, first=0),),
+}
 TASK = Passkey(600)
 
 

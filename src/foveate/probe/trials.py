@@ -2,8 +2,8 @@
 
 Policies act when a text has been read. What comes behind it, the question and the answer, or the next tokens of the
 text, stays whole: they are a few dozen tokens, and so nothing depends on when the next round of dropping is due.
-Entries that are read by choice are chosen at each token, as always, where tokens come one by one: those of an answer and
-those of the next stretch of text; a question comes at once and sees everything.
+Entries that are read by choice are chosen at each token, as always, where tokens come one by one: those of an answer
+and those of the next stretch of text; a question comes at once and sees everything.
 """
 
 from __future__ import annotations
