@@ -46,7 +46,8 @@ class Quantised(Policy):
         ...         cache = attached.model(ids).past_key_values
         ...         return attached.bytes_held()
         >>> whole = held(Streaming(1.0))
-        >>> [round(held(Quantised(*bits)) / whole, 2) for bits in ((8,), (8, 4), (4,))]
+        >>> forms = Quantised(8), Quantised(8, value_bits=4), Quantised(4)
+        >>> [round(held(form) / whole, 2) for form in forms]
         [0.3, 0.24, 0.18]
     """
 
