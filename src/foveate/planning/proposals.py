@@ -108,9 +108,8 @@ def families(
             part = head_bytes(store) / head_bytes(None)
 
             def packed(share: float, part: float = part, store: Policy = store) -> tuple[Policy, ...]:
-                if share >= part * OVERHEAD:
-                    raise BadInput(f"{share:.0%} is more than all of it takes when it is stored so")
-                return (*at(share / part), store)
+                # where all of it fits in this form nothing has to go
+                return (store,) if share >= part * OVERHEAD else (*at(share / part), store)
 
             found.append(Family(f"{name}, {form}", packed))
 
