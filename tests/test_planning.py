@@ -435,3 +435,10 @@ def test_numbers_and_texts_that_cannot_be(folder, text, tmp_path):
     file.write_text("")
     done = compress(folder, text, file, "--keep", 0.3)
     assert done.returncode == 2 and "is a file, not a folder" in done.stderr
+
+
+def test_how_much_is_kept_is_told_where_something_goes(folder):
+    common = ("generate", folder, "--prompt", "Box 3 is black.", "--tokens", 2, "--policy", "quantised")
+    alone = here(*common).stdout
+    assert "tokens, quantised" in alone and "keeping" not in alone
+    assert "quantised and streaming, keeping 0.5" in here(*common, "--policy", "streaming", "--keep", 0.5).stdout

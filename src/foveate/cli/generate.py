@@ -95,7 +95,9 @@ def command(
         if planned is not None:
             planned.check(network)
     ids, planned = prompt_ids(network, tokenizer, given, prompt, tokens, planned)
-    kept = f"{' and '.join(policy)}, keeping {keep}" if policy else "the whole cache (--policy for less)"
+    kept = " and ".join(policy) or "the whole cache (--policy for less)"
+    if any(one.parts & {"score", "read"} for one in chosen):
+        kept += f", keeping {keep}"
     if planned is not None and any(isinstance(m, Policy) for m in planned.mechanisms):
         kept = f"{' and '.join(policy)} beside what the plan keeps" if policy else "the cache that the plan keeps"
     steered = "" if planned is None else f", under {', '.join(type(m).__name__ for m in planned.mechanisms)}"
