@@ -67,9 +67,9 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     from foveate.core.budget import Amount, Budget
     from foveate.core.mechanism import Policy
     from foveate.core.policy import Held
-    from foveate.core.ragged import SIDES
     from foveate.core.registry import make
     from foveate.planning import proposals
+    from foveate.planning.compressing import cache_bytes
 
     @dataclass(frozen=True)
     class Random(Policy):
@@ -88,12 +88,8 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     scored = [n for n in known if "score" in make(n, "compress").parts and n not in fitted]
     readers = [n for n in known if "read" in make(n, "compress").parts]
     stores = {"8 bits": Quantised(), "8/4 bits": Quantised(value_bits=4), "4 bits": Quantised(bits=4)}
-
-    def part(store: Quantised) -> float:
-        # and with each entry its position and score
-        return (sum(store.row_bytes(64, torch.float32, side) for side in SIDES) + 8) / (2 * 64 * 4)
-
-    packed = {n: part(store) for n, store in stores.items()}
+    _, entry_bytes = cache_bytes(model, tokens)
+    packed = {n: entry_bytes(store) / entry_bytes(None) for n, store in stores.items()}
 
     def spared(name: str, share: float, part: float = 0.05) -> Policy:
         rest = max(68, round(part * tokens))
