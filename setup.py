@@ -9,7 +9,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = "src/foveate/core/kernels"
-SOURCES = [f"{FOLDER}/rows.cpp", f"{FOLDER}/back.cpp", f"{FOLDER}/selective.cpp"]
+SOURCES = [f"{FOLDER}/rows.cpp", f"{FOLDER}/back.cpp", f"{FOLDER}/selective.cpp", f"{FOLDER}/pack.cpp"]
 HEADERS = [f"{FOLDER}/tiles.hpp"]
 FLAGS = [
     "-std=c++17",

@@ -246,7 +246,7 @@ def coded(rows: Tensor, width: int, bits: int, groups: int, seed: int) -> tuple[
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((256, 8), (256, 1))])
+@pytest.mark.parametrize(("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((96, 3), (256, 1)), ((256, 8), (96, 3))])
 @pytest.mark.parametrize(("kind", "queries", "keys"), [("random", 1, 300), ("causal", 3, 600), ("window", 200, 300)])
 def test_codes(bits, width, values, kind, queries, keys):
     given = inputs(kind, queries=queries, keys=keys, width=width[0], values=values[0])
@@ -452,3 +452,11 @@ def test_bad_inputs_raise(change, sentence):
 def test_codes_that_are_none(codes, grid, bits, sentence):
     with pytest.raises(ValueError, match=f"codes must be uint8 .*{sentence}"):
         native.Codes(codes, grid, bits)
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "groups", "bits"), [(9, 4, 2, 8), (8, 4, 2, 5), (1, 1, 1, 4), (257, 257, 1, 8), (200, 100, 3, 8)]
+)
+def test_rows_that_do_not_fit_are_not_packed(width, size, groups, bits):
+    with pytest.raises(ValueError, match=f"rows of {width} channels do not fit into {groups} groups"):
+        native.pack(torch.zeros(3, width), torch.eye(size), groups, bits)

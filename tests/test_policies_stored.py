@@ -27,6 +27,7 @@ from foveate.testing.policies import decoded, ids_of, left_padded, padded_ids, r
 
 CPU = torch.device("cpu")
 SMALL = Budget(0.4, sinks=2, recent=3, every=3)
+KERNEL = pytest.mark.skipif(not native.available(), reason="the native kernel is not built")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -195,6 +196,41 @@ def test_rows_come_back(width, bits, most):
     assert torch.equal(made[3:5].dense(), made.dense()[3:5])
 
 
+@KERNEL
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("width", "group"), [(1, 32), (7, 32), (34, 32), (64, 32), (80, 32), (96, 48), (256, 256)])
+def test_the_kernel_packs_what_torch_packs(bits, width, group, monkeypatch):
+    made = IntegerRows.empty(0, width, bits, group, torch.float32, CPU)
+    for count in (0, 1, 5, 1030):
+        rows = random(count, width) * torch.logspace(-3, 3, width)
+        codes, grid = made.packed(rows)
+        alone = native.pack(rows, rotation(made.form[1], CPU), made.form[0], bits, threads=1)
+        assert torch.equal(alone[0], codes)
+        assert torch.equal(alone[1], grid)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "available", lambda: False)
+            want_codes, want_grid = made.packed(rows)
+        assert codes.shape == want_codes.shape
+        assert grid.shape == want_grid.shape
+        # sums in another order put a number on the other side of an edge now and then
+        assert float((codes != want_codes).sum()) <= 0.001 * max(1, codes.numel())
+        off, want = (grid.float() - want_grid.float()).abs(), want_grid.float()
+        assert (off <= 2**-7 * want.abs() + 0.01 * want[:, 1:]).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=KERNEL)])
+def test_what_is_no_number_stays_none_in_its_group_alone(bad, kernel, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: kernel)
+    rows = random(6, 64)
+    rows[3, 40] = bad
+    made = IntegerRows.empty(6, 64, 8, 32, torch.float32, CPU)
+    made[:] = rows
+    spoiled = made.dense().isfinite().logical_not()
+    assert spoiled[3, 32:].all()
+    assert int(spoiled.sum()) == 32
+
+
 def test_one_large_channel_does_not_cost_the_others():
     rows = random(200, 64)
     rows[:, 5] = 40.0
@@ -244,7 +280,7 @@ def test_values_can_have_other_bits_than_keys(bits, want):
         assert (layer.store.keys.bits, layer.store.values.bits) == want
 
 
-@pytest.mark.skipif(not native.available(), reason="the native kernel is not built")
+@KERNEL
 @pytest.mark.parametrize("bits", [(8,), (4,), (8, 4)])
 def test_decoded_tokens_read_codes_as_they_stand(bits, monkeypatch):
     model, ids = tiny.model("llama"), ids_of()

@@ -27,6 +27,7 @@ __all__ = [
     "available",
     "derive",
     "derive_selective",
+    "pack",
     "selective",
 ]
 
@@ -109,6 +110,15 @@ class _Selective(ctypes.Structure):
         *_fields("batch time inner states stretch threads", c_int64),
         *_fields("dt x rate b c first y last marks dy dlast", c_void_p),
         *_fields("d_dt d_x d_rate d_b d_c d_first", c_void_p),
+    )
+
+
+class _Pack(ctypes.Structure):
+    """Mirrors `struct Pack` of kernels/pack.cpp."""
+
+    _fields_ = (
+        *_fields("rows width groups size bits threads", c_int64),
+        *_fields("from_ turn codes grid", c_void_p),
     )
 
 
@@ -195,6 +205,7 @@ def _library() -> ctypes.CDLL | None:
                 (library.foveate_call_size, _Call),
                 (library.foveate_back_size, _Back),
                 (library.foveate_selective_size, _Selective),
+                (library.foveate_pack_size, _Pack),
             )
             for size, _ in sizes:
                 size.restype = c_int64
@@ -592,6 +603,38 @@ def derive_selective(
     found["d_rate"] = found["d_rate"].sum(0)
     d_dt, d_x, d_rate, d_b, d_c, d_first = found.values()
     return d_dt, d_x, d_rate, d_b, d_c, d_first
+
+
+def pack(rows: Tensor, turn: Tensor, groups: int, bits: int, *, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows as small integers, each with a grid of its own: what `Codes` holds of them.
+
+    A group of channels x becomes round((x turn - middle) / step + top / 2), where middle and step reach from its
+    smallest to its largest number; what is not finite makes the whole group NaN.
+
+    Args:
+        rows: float32 [rows, width], with at most as many channels as the groups have.
+        turn: float32 [size, size], the rotation of a group.
+        groups: How many groups of `size` channels a row is cut into; what is missing of the last are zeros.
+        bits: Of each integer, 8 or 4.
+        threads: By default what torch uses.
+
+    Returns:
+        The codes, uint8 [rows, groups * size * bits / 8], and the grid, bfloat16 [rows, 2, groups].
+    """
+    (count, width), size = rows.shape, len(turn)
+    breadth = groups * size
+    if bits not in (4, 8) or breadth * bits % 8 or turn.shape != (size, size) or not width <= breadth <= MAX_WIDTH:
+        raise ValueError(
+            f"rows of {width} channels do not fit into {groups} groups of {tuple(turn.shape)} of {bits} bits, of "
+            f"{MAX_WIDTH} channels at most"
+        )
+    rows, turn = _floats(rows), _floats(turn)
+    codes = torch.empty(count, breadth * bits // 8, dtype=torch.uint8)
+    grid = torch.empty(count, 2, groups, dtype=torch.bfloat16)
+    sizes = {"rows": count, "width": width, "groups": groups, "size": size, "bits": bits}
+    call = _Pack(**sizes, threads=threads or torch.get_num_threads())
+    _run("foveate_pack", call, f"{count} rows as integers", from_=rows, turn=turn, codes=codes, grid=grid)
+    return codes, grid
 
 
 def _selective(

@@ -91,6 +91,8 @@ class IntegerRows(Packed):
     def packed(self, rows: Float[Tensor, "rows width"]) -> tuple[Tensor, Tensor]:
         """Codes and grid of rows."""
         groups, size, top = self.form
+        if native.available() and rows.device.type == "cpu" and self.breadth <= native.MAX_WIDTH:
+            return native.pack(rows, rotation(size, rows.device), groups, self.bits)
         x = self.turned(rows).unflatten(-1, (groups, size))
         low, high = x.aminmax(dim=-1, keepdim=True)
         middle = ((low + high) / 2).to(GRID)
@@ -125,7 +127,9 @@ class IntegerRows(Packed):
 
     def turned(self, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows read"]:
         groups, size, _ = self.form
-        x = torch.nn.functional.pad(rows.float(), (0, groups * size - rows.shape[-1]))
+        x, missing = rows.float(), groups * size - rows.shape[-1]
+        if missing:
+            x = torch.nn.functional.pad(x, (0, missing))
         # the rotation is its own inverse, and leaves products of rows as they are
         return (x.reshape(-1, size) @ rotation(size, self.device)).view(x.shape)
 

@@ -270,6 +270,7 @@ struct Job {
     const Call &c;
     const int64_t share = c.heads / c.groups;  // query heads per kv head
     const int64_t own = c.out ? c.values : 0;
+    const Reader coded_keys{c.k_coded, c.width}, coded_values{c.v_coded, c.values};
     const int64_t columns = own + c.extras;
     const int64_t padded = (columns + LANE - 1) / LANE * LANE;
     const int64_t keys_padded = (c.keys + PANEL - 1) / PANEL * PANEL;
@@ -301,6 +302,7 @@ struct Job {
     void attend(const Block &t, Workspace &w);
     void walk(const Block &t, Workspace &w, int32_t lo, int32_t hi);
     void weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t from, int64_t to) const;
+    void mix(Workspace &w, const float *s, const Values &v, int64_t r, int64_t rows, int64_t from, int64_t to) const;
     void mix_tile(const Tile &tile, Workspace &w, const float *s, const Values &v, int32_t first,
                   int32_t last) const;
     void finish(const Block &t, Workspace &w) const;
@@ -441,7 +443,7 @@ bool Job::run() {
 const float *Job::key_row(const Block &t, int64_t j, float *room) const {
     const int64_t at = row_of(t, j);
     if (c.k) return c.k + t.batch * c.k_stride[0] + t.group * c.k_stride[1] + at * c.k_stride[2];
-    decode(c.k_coded, t.batch, t.group, at, c.width, room);
+    coded_keys.read(t.batch, t.group, at, room);
     return room;
 }
 
@@ -456,7 +458,7 @@ void Job::pack_keys(const Block &t, int64_t first, int64_t last, float *to) cons
 void Job::pack_values(const Block &t, int64_t first, int64_t last, float *to) const {
     for (int64_t j = first; j < last; ++j, to += padded) {
         const int64_t at = row_of(t, j);
-        if (own && !c.v) decode(c.v_coded, t.batch, t.group, at, own, to);
+        if (own && !c.v) coded_values.read(t.batch, t.group, at, to);
         else std::copy_n(c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1] + at * c.v_stride[2], own, to);
         std::copy_n(c.extra + t.batch * c.extra_stride + j * c.extras, c.extras, to + own);
         std::fill(to + columns, to + padded, 0.0f);
@@ -551,7 +553,7 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
             k = w.k.p;
             if (in_place) {
                 v = {c.v + t.batch * c.v_stride[0] + t.group * c.v_stride[1], c.v_stride[2]};
-            } else {
+            } else if (!few) {
                 pack_values(t, first, last, w.v.p);
                 v.key_0 = w.v.p - first * padded;
             }
@@ -586,7 +588,17 @@ void Job::walk(const Block &t, Workspace &w, int32_t lo, int32_t hi) {
                 weigh_row(t, w, r, s + r * PITCH - first, from, from + (to - from + PANEL - 1) / PANEL * PANEL);
                 w.chunk_peak.p[chunk * (c.column ? t.rows : 0) + r] = w.rows[r].peak;
             }
-            if (padded) mix_tile(tile, w, s - first, v, begin, last);
+            if (padded && !few) mix_tile(tile, w, s - first, v, begin, last);
+        }
+        // few rows take turns at values that the first of them has brought into the nearest cache
+        for (int32_t at = begin; few && padded && at < last; at += NEAR) {
+            const int32_t end = std::min<int32_t>(at + NEAR, last);
+            if (!in_place) {
+                pack_values(t, at, end, w.v.p);
+                v.key_0 = w.v.p - at * padded;
+            }
+            for (int64_t r = 0; r < t.rows; ++r)
+                mix(w, s - first, v, r, 1, std::max(at, w.rows[r].lo), std::min(end, w.rows[r].hi));
         }
     }
 }
@@ -642,32 +654,29 @@ void Job::weigh_row(const Block &t, Workspace &w, int64_t r, float *s, int64_t f
     }
 }
 
-// Adds the weighted values of keys [first, last). Only keys that a row sees are touched: zero weight does not
-// silence NaN in a value.
+// Adds the values of keys [from, to), weighted by some rows. `s` points to where key 0 would stand.
+void Job::mix(Workspace &w, const float *s, const Values &v, int64_t r, int64_t rows, int64_t from, int64_t to) const {
+    const int64_t wide = rows == 1 ? COLUMNS : PANEL;
+    for (int64_t p = 0; p < padded && from < to; p += wide) {
+        const int64_t n = std::min<int64_t>(wide, padded - p) / LANE - 1;
+        (rows == 1 ? VALUE_ROW[n] : VALUE[n][rows - 1])(s + r * PITCH + from, v.key_0 + from * v.pitch + p, v.pitch,
+                                                        to - from, w.o.p + r * padded + p, padded);
+    }
+}
+
+// The same for a tile and the keys [first, last). Only keys that a row sees are touched: zero weight does not silence
+// NaN in a value.
 void Job::mix_tile(const Tile &tile, Workspace &w, const float *s, const Values &v, int32_t first,
                    int32_t last) const {
-    const auto mix = [&](int64_t r, int64_t rows, int64_t from, int64_t to) {
-        const int64_t wide = rows == 1 ? COLUMNS : PANEL;
-        for (int64_t p = 0; p < padded && from < to; p += wide) {
-            const int64_t n = std::min<int64_t>(wide, padded - p) / LANE - 1;
-            (rows == 1 ? VALUE_ROW[n] : VALUE[n][rows - 1])(s + r * PITCH + from, v.key_0 + from * v.pitch + p,
-                                                            v.pitch, to - from, w.o.p + r * padded + p, padded);
-        }
-    };
-    // few rows take turns at values that the first of them has brought into the nearest cache
-    for (int32_t at = first; few && at < last; at += NEAR)
-        for (int64_t r = tile.first; r < tile.first + tile.rows; ++r)
-            mix(r, 1, std::max(at, w.rows[r].lo), std::min({at + NEAR, last, w.rows[r].hi}));
-    if (few) return;
     const int32_t all_lo = std::max(first, tile.all_lo), all_hi = std::min(last, tile.all_hi);
-    if (all_lo < all_hi) mix(tile.first, tile.rows, all_lo, all_hi);
+    if (all_lo < all_hi) mix(w, s, v, tile.first, tile.rows, all_lo, all_hi);
     for (int64_t r = tile.first; r < tile.first + tile.rows; ++r) {
         const int32_t lo = std::max(first, w.rows[r].lo), hi = std::min(last, w.rows[r].hi);
         if (all_lo < all_hi) {
-            mix(r, 1, lo, all_lo);
-            mix(r, 1, all_hi, hi);
+            mix(w, s, v, r, 1, lo, all_lo);
+            mix(w, s, v, r, 1, all_hi, hi);
         } else {
-            mix(r, 1, lo, hi);
+            mix(w, s, v, r, 1, lo, hi);
         }
     }
 }

@@ -350,28 +350,90 @@ INLINE float widened(uint16_t x) {
     return y;
 }
 
-// One row as floats: middle + step (code - top / 2).
-inline void decode(const Coded &c, int64_t batch, int64_t head, int64_t at, int64_t width, float *__restrict to) {
-    const uint8_t *code = c.codes + batch * c.stride[0] + head * c.stride[1] + at * c.stride[2];
-    if (c.bits == 16) {
-        const uint16_t *half = reinterpret_cast<const uint16_t *>(code);
-        for (int64_t d = 0; d < width; ++d) to[d] = widened(half[d]);
-        return;
-    }
-    uint8_t apart[WIDEST];
-    if (c.bits == 4) {
-        const int64_t half = std::min(width, WIDEST) / 2;
-        for (int64_t d = 0; d < half; ++d) apart[d] = code[d] & 15, apart[half + d] = code[d] >> 4;
-        code = apart;
-    }
-    const uint16_t *grid = c.grid + batch * c.grid_stride[0] + head * c.grid_stride[1] + at * c.grid_stride[2];
-    const int64_t size = width / c.groups;
-    const float top = float((1 << c.bits) - 1);
-    for (int64_t g = 0; g < c.groups; ++g, code += size, to += size) {
-        const float step = widened(grid[c.groups + g]), zero = widened(grid[g]) - top / 2 * step;
-        for (int64_t d = 0; d < size; ++d) to[d] = float(code[d]) * step + zero;
-    }
+// LANE small numbers, each in a lane of its own.
+INLINE vi apart(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+    vi x;
+    for (int i = 0; i < LANE; ++i) x[i] = p[i];
+    return x;
+#endif
 }
+INLINE vi apart(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#else
+    vi x;
+    for (int i = 0; i < LANE; ++i) x[i] = p[i];
+    return x;
+#endif
+}
+
+// How coded rows are read. What needs a division is found once.
+struct Reader {
+    const Coded &c;
+    const int64_t width, size, half = width / 2;
+    const bool whole;                // groups, and the halves of 4 bits, end where vectors do
+    uint8_t group[WIDEST / LANE]{};  // of each vector
+
+    Reader(const Coded &coded, int64_t wide)
+        : c(coded), width(wide), size(c.groups ? wide / c.groups : wide),
+          whole(size % LANE == 0 && (c.bits != 4 || half % LANE == 0)) {
+        for (int64_t n = 0; n < width / LANE; ++n) group[n] = n * LANE / size;
+    }
+
+    // Row `at` as floats.
+    void read(int64_t batch, int64_t head, int64_t at, float *__restrict to) const {
+        const uint8_t *code = c.codes + batch * c.stride[0] + head * c.stride[1] + at * c.stride[2];
+        const uint16_t *grid = c.grid + batch * c.grid_stride[0] + head * c.grid_stride[1] + at * c.grid_stride[2];
+        if (c.bits == 16) widen(reinterpret_cast<const uint16_t *>(code), to);
+        else if (!whole) decode_any(code, grid, to);
+        else if (c.bits == 8) decode<8>(code, grid, to);
+        else decode<4>(code, grid, to);
+    }
+
+  private:
+    INLINE void widen(const uint16_t *number, float *__restrict to) const {
+        int64_t d = 0;
+        for (; d + LANE <= width; d += LANE) store(to + d, (vf)(apart(number + d) << 16));
+        for (; d < width; ++d) to[d] = widened(number[d]);
+    }
+
+    // middle + step (code - top / 2), in vectors that are each of one group.
+    template <int BITS>
+    INLINE void decode(const uint8_t *code, const uint16_t *grid, float *__restrict to) const {
+        const auto scaled = [&](int64_t n, vi x) {
+            const int64_t g = group[n];
+            const float step = widened(grid[c.groups + g]), zero = widened(grid[g]) - step * (((1 << BITS) - 1) / 2.0f);
+            store(to + n * LANE, __builtin_convertvector(x, vf) * splat(step) + splat(zero));
+        };
+        const int64_t read = width * BITS / 8 / LANE;
+        for (int64_t n = 0; n < read; ++n) {
+            const vi x = apart(code + n * LANE);
+            scaled(n, BITS == 4 ? x & 15 : x);
+            if (BITS == 4) scaled(read + n, x >> 4);
+        }
+    }
+
+    void decode_any(const uint8_t *code, const uint16_t *grid, float *__restrict to) const {
+        uint8_t each[WIDEST];
+        if (c.bits == 4) {
+            const int64_t n = std::min(half, WIDEST / 2);
+            for (int64_t d = 0; d < n; ++d) each[d] = code[d] & 15, each[n + d] = code[d] >> 4;
+            code = each;
+        }
+        const float top = float((1 << c.bits) - 1);
+        for (int64_t g = 0; g < c.groups; ++g, code += size, to += size) {
+            const float step = widened(grid[c.groups + g]), zero = widened(grid[g]) - top / 2 * step;
+            for (int64_t d = 0; d < size; ++d) to[d] = float(code[d]) * step + zero;
+        }
+    }
+};
 
 // Rows of a matrix as panels [width x PANEL], so that one vector load brings one coordinate of LANE rows. `row(j)`
 // points to row j, until it is called four more times; what is left of the last panel stays as it is.
