@@ -246,7 +246,9 @@ def coded(rows: Tensor, width: int, bits: int, groups: int, seed: int) -> tuple[
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((96, 3), (256, 1)), ((256, 8), (96, 3))])
+@pytest.mark.parametrize(
+    ("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((96, 3), (256, 1)), ((256, 8), (96, 3))]
+)
 @pytest.mark.parametrize(("kind", "queries", "keys"), [("random", 1, 300), ("causal", 3, 600), ("window", 200, 300)])
 def test_codes(bits, width, values, kind, queries, keys):
     given = inputs(kind, queries=queries, keys=keys, width=width[0], values=values[0])

@@ -164,12 +164,12 @@ def test_bytes_held_is_caught(monkeypatch):
 
 
 def test_bytes_that_are_not_freed_are_caught(monkeypatch):
-    packed = ragged.Ragged.packed.__func__
+    laid = ragged.Ragged.laid.__func__
 
-    def keeps_room(cls, keys, values, position, score, length, spare=None, *more):
-        return packed(cls, keys, values, position, score, length, 200, *more)
+    def keeps_room(cls, keys, values, at, position, score, length, spare=None, *more):
+        return laid(cls, keys, values, at, position, score, length, 200, *more)
 
-    monkeypatch.setattr(ragged.Ragged, "packed", classmethod(keeps_room))
+    monkeypatch.setattr(ragged.Ragged, "laid", classmethod(keeps_room))
     with pytest.raises(CheckFailed, match="bytes_held"):
         check_mechanism(Sound, only=["bytes_held"])
 

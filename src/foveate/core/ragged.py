@@ -108,6 +108,17 @@ def stacked(parts: Sequence[Packed]) -> Packed:
     return whole
 
 
+def gathered(rows: Tensor | Packed, at: tuple[Int[Tensor, " some"], ...]) -> Storage:
+    """rows[at], a row at a time where they lie one behind the other, in whatever order of dimensions."""
+    width = rows.shape[-1]
+    if isinstance(rows, Packed) or rows.stride(-1) != 1 or any(step % width for step in rows.stride()[:-1]):
+        return rows[at]
+    steps = [step // width for step in rows.stride()[:-1]]
+    count = 1 + sum((size - 1) * step for size, step in zip(rows.shape, steps, strict=False))
+    number = sum((index * step for index, step in zip(at, steps, strict=True)), torch.zeros_like(at[0]))
+    return rows.as_strided((count, width), (width, 1)).index_select(0, number)
+
+
 @dataclass
 class Edges:
     """What the entries of all stretches lie between, as numbers that a decoded token need not look up again.
@@ -154,10 +165,11 @@ class Ragged:
     # ---------------------------------------------------------------- making one
 
     @classmethod
-    def packed(
+    def laid(
         cls,
         keys: Storage,
         values: Storage,
+        at: tuple[Int[Tensor, " entries"], ...],
         position: Int[Tensor, " entries"],
         score: Float[Tensor, " entries"],
         length: Int[Tensor, "batch kv_heads"],
@@ -165,12 +177,13 @@ class Ragged:
         mass: Float[Tensor, " entries"] | None = None,
         store: Store | None = None,
     ) -> Ragged:
-        """From entries in order of batch row, KV head and position.
+        """Some rows as entries, in storage of their own.
 
         Args:
-            keys: The keys, [entries, dim].
-            values: The values.
-            position: Original positions.
+            keys: Keys, [..., dim].
+            values: Values, [..., value_dim].
+            at: Which of them, in order of batch row, KV head and position; a tensor for each dimension in front.
+            position: Original positions of these.
             score: What a policy said of them.
             length: How many entries each stretch has.
             spare: Free slots behind each stretch; None: one in 32, at least 16.
@@ -182,24 +195,36 @@ class Ragged:
         start = (ends - room.flatten()).reshape(room.shape)
         counts = length.flatten()
         before = counts.cumsum(0) - counts
-        to = torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(len(keys), device=keys.device)
+        device = position.device
+        to = torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(len(position), device=device)
         slots = int(ends[-1])
-        fresh = store or (lambda rows, slots, _: rows.new_empty(slots, rows.shape[1]))
-        made = cls(
-            fresh(keys, slots, "keys"),
-            fresh(values, slots, "values"),
-            torch.full((slots,), EMPTY, dtype=torch.int32, device=keys.device),
-            torch.zeros(slots, device=keys.device),
+
+        def slotted(entries: Tensor, free: float) -> Tensor:
+            whole = torch.full((slots,), free, dtype=entries.dtype, device=device)
+            whole[to] = entries
+            return whole
+
+        # a free slot takes any row: nobody reads it
+        everywhere = tuple(slotted(index, 0) for index in at)
+
+        def stored(rows: Storage, side: Side) -> Storage:
+            if store is None:
+                return gathered(rows, everywhere) if len(to) else rows.new_empty(slots, rows.shape[-1])
+            some = gathered(rows, at)
+            made = store(some, slots, side)
+            made[to] = some
+            return made
+
+        return cls(
+            stored(keys, "keys"),
+            stored(values, "values"),
+            slotted(position.to(torch.int32), EMPTY),
+            slotted(score.float(), 0),
             start,
             length.clone(),
             room,
-            None if mass is None else torch.ones(slots, device=keys.device),
+            None if mass is None else slotted(mass, 1),
         )
-        made.keys[to], made.values[to] = keys, values
-        if made.mass is not None and mass is not None:
-            made.mass[to] = mass
-        made.position[to], made.score[to] = position.to(torch.int32), score.float()
-        return made
 
     @classmethod
     def of_call(
@@ -219,26 +244,31 @@ class Ragged:
         """
         at = keep.nonzero(as_tuple=True)
         mass = None if mass is None else mass[at]
-        return cls.packed(k[at], v[at], at[2] + first, score[at], keep.sum(-1), spare, mass, store)
+        return cls.laid(k, v, at, at[2] + first, score[at], keep.sum(-1), spare, mass, store)
 
     @classmethod
     def joined(cls, stores: Sequence[Ragged]) -> Ragged:
         """The batch rows of several, one behind the other; they must be stored in the same form."""
-        slots, masses = [], []
-        for one in stores:
-            at = one.held.nonzero(as_tuple=True)
-            slots.append(one.start[at[0], at[1]] + at[2])
-            masses.append(torch.ones_like(one.score) if one.mass is None else one.mass)
 
         def each(name: str) -> Any:
-            rows = [getattr(one, name)[slot] for one, slot in zip(stores, slots, strict=True)]
+            rows = [getattr(one, name) for one in stores]
             return stacked(rows) if isinstance(rows[0], Packed) else torch.cat(rows)
 
+        slots = [len(one.position) for one in stores]
+        before = [sum(slots[:n]) for n in range(len(slots))]
         mass = None
         if any(one.mass is not None for one in stores):
-            mass = torch.cat([m[slot] for m, slot in zip(masses, slots, strict=True)])
-        length = torch.cat([one.length for one in stores])
-        return cls.packed(each("keys"), each("values"), each("position"), each("score"), length, mass=mass)
+            mass = torch.cat([torch.ones_like(one.score) if one.mass is None else one.mass for one in stores])
+        return cls(
+            each("keys"),
+            each("values"),
+            each("position"),
+            each("score"),
+            torch.cat([one.start + n for one, n in zip(stores, before, strict=True)]),
+            each("length"),
+            each("room"),
+            mass,
+        )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -307,9 +337,7 @@ class Ragged:
     def gathered(self, slot: Int[Tensor, " entries"], length: Tensor, spare: int | None = None) -> Ragged:
         """Some slots, in storage of their own."""
         mass = None if self.mass is None else self.mass[slot]
-        return Ragged.packed(
-            self.keys[slot], self.values[slot], self.position[slot], self.score[slot], length, spare, mass
-        )
+        return Ragged.laid(self.keys, self.values, (slot,), self.position[slot], self.score[slot], length, spare, mass)
 
     def rewritten(
         self,
@@ -326,9 +354,9 @@ class Ragged:
         def store(rows: Tensor, slots: int, side: Side) -> Storage:
             return (self.keys if side == "keys" else self.values).new_empty(slots, rows.shape[1])
 
-        keys, values = k[at].to(self.keys.dtype), v[at].to(self.values.dtype)
-        return Ragged.packed(
-            keys, values, self.position[slot], self.score[slot], keep.sum(-1), spare, mass[at].float(), store
+        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
+        return Ragged.laid(
+            k, v, at, self.position[slot], self.score[slot], keep.sum(-1), spare, mass[at].float(), store
         )
 
     def scored(self, score: Float[Tensor, "batch kv_heads entry"]) -> Ragged:
@@ -520,9 +548,9 @@ class Ragged:
         for n, pick in enumerate(groups):
             some = len(out[pick])
             at = None if index is None else index[pick]
-            bias = None if self.mass is None else self.mass.log()[None].expand(some, -1)
+            bias = None if self.mass is None else self.mass.log()[None]
             if bias is not None and at is not None:
-                bias = bias.gather(1, at.long())
+                bias = bias.expand(some, -1).gather(1, at.long())
             for a in range(0, queries, step):
                 b = min(queries, a + step)
                 out[pick, :, a:b] = native.attend(
