@@ -42,6 +42,8 @@ HERE = Path(__file__).resolve().parent
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 OUT = HERE / "results"
 SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25, "tenth": 0.1}
+# forms of storage beside the default one
+FORMS = ("quantised:value_bits=4", "quantised:bits=4")
 KEEP = 0.25
 PLAIN_TOKENS, TOKENS, PROMPT_TOKENS = 2, 16, 8
 # what is kept of a measurement
@@ -81,7 +83,7 @@ def kinds(asked: list[str] | None, more: tuple[str, ...] = ()) -> list[str]:
     import foveate
     from foveate.core.mechanism import Policy
 
-    known = [*more, *(n for n in foveate.names("compress") if issubclass(foveate.find(n), Policy))]
+    known = [*more, *(n for n in foveate.names("compress") if issubclass(foveate.find(n), Policy)), *FORMS]
     if unknown := set(asked or ()) - set(known):
         raise SystemExit(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return [k for k in known if not asked or k in asked]
