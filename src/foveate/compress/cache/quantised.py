@@ -68,9 +68,8 @@ class Quantised(Policy):
         "of keys a step of its own over many tokens, which is closer at 4 bits and needs the tokens to stay together; "
         "values can have fewer bits than keys, as in KVTuner",
         use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
-        misleads="it saves bytes and no time on a CPU, where decoding a row takes as long as reading a whole one, and "
-        "takes more of it for a few short texts; without the native kernel rows are turned into numbers again at each "
-        "token. The call that brings tokens still sees them as they came, so that the loss shows from the next call on",
+        misleads="it saves bytes and hardly any time on a CPU: decoding a row takes about as long as reading a whole "
+        "one; without the native kernel rows are turned into numbers again at each token. The call that brings tokens still sees them as they came, so that the loss shows from the next call on",
         claims=("value_bits",),
     )
     test_params: ClassVar = ({}, {"bits": 4}, {"value_bits": 4})
