@@ -18,27 +18,40 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from foveate.core import native
+from foveate.core.packed import IntegerRows
 
 RESULTS = Path(__file__).parent / "results" / "kernel.json"
 WITHIN = (16, 64, 256, 1024)
-# name, heads, kv heads, width, queries, keys, window
+# name, batch, heads, kv heads, width, queries, keys, window
 SHAPES = (
-    ("prefill", 9, 3, 64, 1024, 1024, None),
-    ("prefill", 9, 3, 64, 4096, 4096, None),
-    ("prefill", 9, 3, 64, 8192, 8192, None),
-    ("prefill", 8, 8, 128, 4096, 4096, None),
-    ("window 256", 9, 3, 64, 4096, 4096, 256),
-    ("window 256", 9, 3, 64, 8192, 8192, 256),
-    ("decode", 9, 3, 64, 1, 4096, None),
-    ("decode", 12, 12, 64, 1, 4096, None),
+    ("prefill", 1, 9, 3, 64, 1024, 1024, None),
+    ("prefill", 1, 9, 3, 64, 4096, 4096, None),
+    ("prefill", 1, 9, 3, 64, 8192, 8192, None),
+    ("prefill", 1, 8, 8, 128, 4096, 4096, None),
+    ("window 256", 1, 9, 3, 64, 4096, 4096, 256),
+    ("window 256", 1, 9, 3, 64, 8192, 8192, 256),
+    ("decode", 1, 9, 3, 64, 1, 4096, None),
+    ("decode", 1, 12, 12, 64, 1, 4096, None),
+    ("decode", 8, 9, 3, 64, 1, 4096, None),
 )
 
 
-def prepare(heads, groups, width, queries, keys, window) -> tuple[list[Callable], dict[str, Callable]]:
+# bits of keys and of values
+CODES = ((8, 8), (8, 4), (4, 4))
+
+
+def coded(rows: torch.Tensor, bits: int) -> native.Codes:
+    """Rows as a quantised cache stores them."""
+    made = IntegerRows.empty(rows[..., 0].numel(), rows.shape[-1], bits, 32, rows.dtype, rows.device)
+    made[:] = rows.reshape(-1, rows.shape[-1])
+    return native.Codes(*(x.view(*rows.shape[:3], *x.shape[1:]) for x in (made.codes, made.grid)), bits)
+
+
+def prepare(batch, heads, groups, width, queries, keys, window) -> tuple[list[Callable], dict[str, Callable]]:
     """Two ways to call sdpa, and the kernel with more and more asked of it."""
     torch.manual_seed(0)
-    q = torch.randn(1, queries, heads, width).transpose(1, 2)
-    k, v = (torch.randn(1, keys, groups, width).transpose(1, 2) for _ in range(2))
+    q = torch.randn(batch, queries, heads, width).transpose(1, 2)
+    k, v = (torch.randn(batch, keys, groups, width).transpose(1, 2) for _ in range(2))
     repeated = [x.repeat_interleave(heads // groups, 1) for x in (k, v)]
     key_position = torch.arange(keys, dtype=torch.int32)[None]
     position = key_position[:, keys - queries :]
@@ -62,12 +75,17 @@ def prepare(heads, groups, width, queries, keys, window) -> tuple[list[Callable]
     }
     asked["everything"] = {name: x for more in asked.values() for name, x in more.items()}
     causal = queries > 1
+    calls = {name: lambda more=more: native.attend(q, k, v, **given, **more) for name, more in asked.items()}
+    if not causal:
+        for bits in CODES:
+            some = [coded(x, n) for x, n in zip((k, v), bits, strict=True)]
+            calls[f"out, {bits[0]}/{bits[1]} bits"] = lambda some=some: native.attend(q, *some, **given)
     return (
         [
             lambda: sdpa(q, k, v, is_causal=causal, enable_gqa=True),
             lambda: sdpa(q, *repeated, is_causal=causal),
         ],
-        {name: lambda more=more: native.attend(q, k, v, **given, **more) for name, more in asked.items()},
+        calls,
     )
 
 
@@ -79,7 +97,7 @@ def seconds(call: Callable) -> float:
 
 def measure(shape: tuple, rounds: int) -> list[dict]:
     ways, asked = prepare(*shape[1:])
-    rounds = rounds if shape[4] > 1 else 5 * rounds
+    rounds = rounds if shape[5] > 1 else 5 * rounds
     for call in (*ways, *asked.values()):
         call()
     theirs, ours = [], {name: [] for name in asked}
@@ -94,7 +112,7 @@ def measure(shape: tuple, rounds: int) -> list[dict]:
         low, middle, high = statistics.quantiles([a / b for a, b in zip(times, sdpa_times, strict=True)], n=4)
         rows.append(
             dict(
-                zip(("name", "heads", "kv_heads", "width", "queries", "keys", "window"), shape, strict=True),
+                zip(("name", "batch", "heads", "kv_heads", "width", "queries", "keys", "window"), shape, strict=True),
                 asked=name,
                 milliseconds=round(1e3 * statistics.median(times), 3),
                 sdpa_milliseconds=round(1e3 * statistics.median(sdpa_times), 3),
@@ -112,17 +130,18 @@ def main() -> None:
     options = parser.parse_args()
     if not native.available():
         raise SystemExit("the native kernel is not built: python setup.py build_ext --inplace")
-    print(f"{'shape':34}{'asked':20}{'ms':>9}{'sdpa ms':>9}{'ratio':>7}  quartiles")
+    print(f"{'shape':38}{'asked':20}{'ms':>9}{'sdpa ms':>9}{'ratio':>7}  quartiles")
     rows = []
     for shape in SHAPES:
-        if options.quick and shape[4] > 1024:
+        name, batch, heads, groups, width, queries, keys, _ = shape
+        if options.quick and queries > 1024:
             continue
-        label = f"{shape[0]} {shape[1]}/{shape[2]} x {shape[3]}, {shape[4]} x {shape[5]}"
+        label = f"{name} {heads}/{groups} x {width}, {batch} x {queries} x {keys}"
         for row in measure(shape, options.rounds):
             rows.append(row)
             spread = "{:.2f} to {:.2f}".format(*row["quartiles"])
             print(
-                f"{label:34}{row['asked']:20}{row['milliseconds']:9.2f}{row['sdpa_milliseconds']:9.2f}"
+                f"{label:38}{row['asked']:20}{row['milliseconds']:9.2f}{row['sdpa_milliseconds']:9.2f}"
                 f"{row['ratio']:7.2f}  {spread}",
                 flush=True,
             )
