@@ -79,11 +79,14 @@ class ExpectedAttention(Policy):
     def score(self, held: Held) -> Float[Tensor, "batch kv_heads key"]:
         view = held.rows.view
         mu, sigma = self.queries(held)
-        # what is no entry may be anything, NaN too
-        k, v = (torch.where(held.there[..., None], x.float(), 0.0) for x in (held.k, held.v))
-        k = k[:, :, None]
-        mean = view.scale * (k @ mu[..., None])[..., 0]
-        variance = view.scale**2 * ((k @ sigma) * k).sum(-1)
+        k, v = held.k.float(), held.v.float()
+        if not bool(held.there.all()):
+            # what is no entry may be anything, NaN too
+            k, v = (torch.where(held.there[..., None], x, 0.0) for x in (k, v))
+        mean = view.scale * (k @ mu.transpose(-1, -2)).transpose(-1, -2)
+        # all heads that share a key in one product, which is far faster than one for each
+        turned = (k @ sigma.transpose(2, 3).flatten(3)).unflatten(-1, (sigma.shape[2], -1))
+        variance = view.scale**2 * turned.mul_(k[:, :, :, None]).sum(-1).transpose(-1, -2)
         s = mean + variance / 2
         if view.softcap is not None:
             s = view.softcap * torch.tanh(s / view.softcap)
