@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -148,7 +149,7 @@ def filled(model, mine: tuple, plain):
         if together.score is not None:
             counts = together.score.counts(seen, n, len(layers), k.shape[1], 520)
             keep = torch.rand(k.shape[:3], generator=torch.Generator().manual_seed(n)).argsort(-1) < counts[..., None]
-        store = None if together.store is None else together.store.store
+        store = None if together.store is None else partial(together.store.store, layer=n)
         layer.store = Ragged.of_call(k, v, keep, torch.zeros(k.shape[:3]), store=store)
         layer.seen, layer.real = tokens, seen
         layer.lazy_initialization(k, v)

@@ -13,7 +13,8 @@ share of transformers' own cache.
 Plans: `heads + POLICY`: the KV heads whose rows put most weight on the answer (measured on passkey and key-value
 prompts of 700 tokens with another seed) keep everything, the others a twentieth of the text, chosen by the policy.
 `8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many; `8/4 bits`:
-keys in 8 bits and values in 4; `4 bits`: both in 4; alone, they drop nothing. Policies that choose what a token reads
+keys in 8 bits and values in 4; `4 bits`: both in 4; `mixed bits`: 8 bits for the keys and values of layers that need
+them and 4 for the others, found on half of the documentation; alone, they drop nothing. Policies that choose what a token reads
 hold everything; they are in the tables at the share that they read.
 
 `kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts; with
@@ -63,13 +64,14 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     from torch import Tensor
 
     import foveate
-    from foveate.compress import HeavyHitters, KeyNorm, MergeDropped, Quantised
+    from foveate.compress import HeavyHitters, KeyNorm, MergeDropped, MixedBits, Quantised
     from foveate.core.budget import Amount, Budget
     from foveate.core.mechanism import Policy
     from foveate.core.policy import Held
     from foveate.core.registry import make
     from foveate.planning import proposals
     from foveate.planning.compressing import cache_bytes
+    from foveate.probe import default_text
 
     @dataclass(frozen=True)
     class Random(Policy):
@@ -87,7 +89,10 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     fitted = {"retrieval_heads", "gated_heads", "mixture_of_spans"}
     scored = [n for n in known if "score" in make(n, "compress").parts and n not in fitted]
     readers = [n for n in known if "read" in make(n, "compress").parts]
+    text = default_text()
+    mixed = MixedBits.fit(model, tokenizer, text[: len(text) // 2], keep=0.2, file=LEDGER)
     stores = {"8 bits": Quantised(), "8/4 bits": Quantised(value_bits=4), "4 bits": Quantised(bits=4)}
+    stores["mixed bits"] = mixed
     _, entry_bytes = cache_bytes(model, tokens)
     packed = {n: entry_bytes(store) / entry_bytes(None) for n, store in stores.items()}
 

@@ -11,7 +11,7 @@ import torch
 
 import foveate
 from commands import here
-from foveate.compress import GatedHeads, KeyNorm, MixtureOfSpans, Quantised, RetrievalHeads, Streaming
+from foveate.compress import GatedHeads, KeyNorm, MixedBits, MixtureOfSpans, Quantised, RetrievalHeads, Streaming
 from foveate.core.errors import BadInput, UnknownName
 from foveate.core.mechanism import Policy
 from foveate.core.registry import find
@@ -155,6 +155,32 @@ def test_what_is_proposed():
             counts = torch.cat([policy.counts(seen, layer, 2, 3, 64) for layer in range(2)], 1)
             # no more than the share, and most of it used but for a part of one head
             assert share - 1 / 6 < counts.sum() / (6 * tokens) * 1.05 <= share + 1e-9, (name, share)
+
+
+def test_bits_that_are_fitted_are_proposed_alone(tmp_path, monkeypatch):
+    given = {}
+
+    def fit(model, tokenizer, text, *, keep, tokens, file):
+        given.update(keep=keep, text=text, tokens=tokens, file=file)
+        return MixedBits(keys=(0,))
+
+    monkeypatch.setattr(MixedBits, "fit", fit)
+    found = {
+        f.name: f
+        for f in families(
+            named(["key_norm", "mixed_bits", "mixed_bits:keys=1"]),
+            GATES,
+            1000,
+            lambda store: 100 if store is None else 20,
+            lambda name, share: fitted(name, None, None, "read", 1000, share, len(GATES), tmp_path),
+        )
+    }
+    assert found["mixed_bits"].at(0.2) == (MixedBits(keys=(0,)),)
+    # its own fit counts spare slots already
+    assert given == {"keep": pytest.approx(0.2), "text": "read", "tokens": 1000, "file": tmp_path}
+    assert not [name for name in found if name.endswith(", mixed_bits")]
+    # with layers that were named it is a form like others
+    assert "key_norm, mixed_bits:keys=(1,)" in found
 
 
 @pytest.mark.parametrize("name", ["gated_heads", "retrieval_heads", "mixture_of_spans"])
@@ -339,6 +365,21 @@ def text(tmp_path):
 def compress(folder, text, out, *more, tokens=640, samples=2, policy="streaming"):
     command = ["compress", folder, "--text", text, "--tokens", tokens, "--samples", samples, "--out", out]
     return here(*command, "--policy", policy, "--probe", "passkey", *more)
+
+
+def test_what_is_fitted_has_not_read_what_it_is_judged_on(folder, text, tmp_path, monkeypatch):
+    read = []
+
+    def fit(model, tokenizer, text, *, keep, tokens, file):
+        read.append(text)
+        return MixedBits()
+
+    monkeypatch.setattr(MixedBits, "fit", fit)
+    done = compress(folder, text, tmp_path / "made", "--keep", 0.3, policy="mixed_bits")
+    assert done.returncode == 0, done.stderr
+    whole = text.read_text()
+    assert set(read) == {whole[: len(whole) // 2]}
+    assert foveate.Plan.load(tmp_path / "made" / "plan.json").mechanisms == (MixedBits(),)
 
 
 def test_a_plan_is_found_proved_and_used(folder, text, tmp_path):

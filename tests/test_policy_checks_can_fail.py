@@ -98,10 +98,10 @@ class Stores(Policy):
     card: ClassVar = Sound.card
     form: ClassVar = Halves
 
-    def store(self, rows, slots, side):
+    def store(self, rows, slots, side, layer):
         return self.form(torch.empty(slots, rows.shape[1], dtype=torch.bfloat16), rows.dtype)
 
-    def row_bytes(self, width, dtype, side):
+    def row_bytes(self, width, dtype, side, layer):
         return width * torch.bfloat16.itemsize
 
 
@@ -210,7 +210,9 @@ def test_a_choice_that_cannot_be_is_caught(chosen):
 
 
 def test_storage_that_takes_more_than_it_says_is_caught():
-    broken = of(Stores, "Understates", row_bytes=lambda self, width, dtype, side: width * (2 if side == "keys" else 1))
+    broken = of(
+        Stores, "Understates", row_bytes=lambda self, width, dtype, side, layer: width * (2 if side == "keys" else 1)
+    )
     with pytest.raises(CheckFailed, match="50 rows of values take"):
         check_mechanism(broken, only=["stored_rows"])
 

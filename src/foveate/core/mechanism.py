@@ -349,12 +349,12 @@ class Policy(Mechanism):
         """What the entries that stay are to be, now that the others go: new keys, values and masses."""
         raise NotImplementedError
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side) -> Packed:
-        """Empty storage of so many slots for rows like these, which are the `keys` or the `values` of entries."""
+    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side, layer: int) -> Packed:
+        """Empty storage of so many slots for rows like these, the `keys` or the `values` of entries of a layer."""
         raise NotImplementedError
 
-    def row_bytes(self, width: int, dtype: torch.dtype, side: Side) -> int:
-        """Bytes of one row of the stored `keys` or `values`, for budgets in bytes."""
+    def row_bytes(self, width: int, dtype: torch.dtype, side: Side, layer: int) -> int:
+        """Bytes of one row of the stored `keys` or `values` of a layer, for budgets in bytes."""
         return width * dtype.itemsize
 
     def read(self, reading: Reading) -> Int[Tensor, "batch kv_heads chosen"] | None:

@@ -24,6 +24,7 @@ __all__ = [
     "Head",
     "Heads",
     "Indices",
+    "Layers",
     "Listed",
     "Span",
     "Spans",
@@ -184,6 +185,13 @@ class Indices(Listed):
 
     def fits(self, entry: Any) -> bool:
         return counts(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Indices):
+    """Layers, none unless they are named."""
+
+    empty: ClassVar = "() is none"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -234,7 +234,7 @@ def chosen(
     if policy is None or view.queries > 1 or policy.limits.whole:
         return None
     layer = layers[at]
-    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view, policies))
+    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view, policies, at))
     only = policy.read(Reading(view, mask, layers, at, room, policy.limits))
     if only is None:
         return None
@@ -265,7 +265,7 @@ def compress(
         rows: What the engine gave for a first call, the policy's reductions in it; None: the cache held entries.
     """
     layer, policy, budget = layers[at], policies.score, policies.limits
-    store = None if policies.store is None else policies.store.store
+    store = None if policies.store is None else partial(policies.store.store, layer=at)
     if policy is None or (budget.whole and rows is None):
         layer.settle(mask.valid, store)
         return
@@ -282,7 +282,7 @@ def compress(
         layer=at,
         layers=len(layers),
         kv_heads=view.kv_heads,
-        entry_bytes=entry_bytes(view, policies),
+        entry_bytes=entry_bytes(view, policies, at),
     )
     counts = share(real + budget.waiting) - budget.waiting
     held = of_call(layer, rows, counts) if rows is not None else of_store(layer, view, mask, policy, counts)
@@ -394,11 +394,11 @@ def best(
     return (rank.flip(-1) < counts[..., None]) & there
 
 
-def entry_bytes(view: View, policies: Policies) -> int:
-    """What one entry takes: key, value, position, score, and its mass where entries are merged."""
+def entry_bytes(view: View, policies: Policies, layer: int) -> int:
+    """What one entry of a layer takes: key, value, position, score, and its mass where entries are merged."""
     rows = [(t.shape[3], t.dtype) for t in (view.k, view.v)]
     if policies.store is None:
         stored = sum(width * dtype.itemsize for width, dtype in rows)
     else:
-        stored = sum(policies.store.row_bytes(*row, side) for row, side in zip(rows, SIDES, strict=True))
+        stored = sum(policies.store.row_bytes(*row, side, layer) for row, side in zip(rows, SIDES, strict=True))
     return stored + (8 if policies.merge is None else 12)

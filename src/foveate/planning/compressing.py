@@ -139,11 +139,14 @@ def compress(
         raise BadInput(f"--tokens {tokens}: {type(model).__name__} reads {most}; plan for at most {most - 256}")
     probes = [*dict.fromkeys([*probes, *(n for n, _ in goal.quality if n != PERPLEXITY)])]
     tasks = {one: task(one, tokens) for one in probes}
-    searched_on, held_out = split(tokenizer(text, verbose=False)["input_ids"], tokens)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    searched_on, held_out = split(ids, tokens)
+    # what a policy's own fit reads must not be what it is judged on either
+    half = tokenizer.decode(ids[: len(ids) // 2])
     before, per_head = cache_bytes(model, tokens)
     share = goal.share(before, tokens)
     gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
-    parts = families(policies, gates, tokens, per_head, partial(fit, model, tokenizer, text, tokens, len(gates), file))
+    parts = families(policies, gates, tokens, per_head, partial(fit, model, tokenizer, half, tokens, len(gates), file))
     first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
     found = search(model, tokenizer, first, goal, parts, share, file, tell)
     proof = Exam(tasks, held_out, count, PROOF, unseen)
@@ -175,24 +178,26 @@ def fit(
     """A policy whose own `fit` finds its parameters, found once for each share."""
     ledger, key = Ledger(file), Ledger.key("fit", fingerprint(model), text, tokens, name, share)
     if key not in ledger:
-        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads)))
+        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads, file)))
     policy = read(ledger[key])
     assert isinstance(policy, Policy)
     return policy
 
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, Any]:
-    """Bytes of the model's own cache of a text, and of one entry of one head under a policy that stores."""
+    """Bytes of the model's own cache of a text, and mean bytes of one entry of a head under a policy that stores."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     full = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
 
-    def per_head(store: Policy | None) -> int:
+    def per_head(store: Policy | None) -> float:
         if store is None:
             return 2 * width * model.dtype.itemsize
+        layers = range(config.num_hidden_layers)
+        total = sum(store.row_bytes(width, model.dtype, side, layer) for side in SIDES for layer in layers)
         # and with each entry its position and its score
-        return sum(store.row_bytes(width, model.dtype, side) for side in SIDES) + 8
+        return total / len(layers) + 8
 
     return full, per_head
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from foveate.core.budget import Budget
@@ -87,7 +88,7 @@ def families(
     policies: Sequence[Policy],
     gates: Sequence[Value],
     tokens: int,
-    head_bytes: Callable[[Policy | None], int],
+    head_bytes: Callable[[Policy | None], float],
     fit: Fit,
 ) -> list[Family]:
     """What can be proposed with some policies.
@@ -99,7 +100,7 @@ def families(
         head_bytes: Bytes of one entry of one head under a policy that stores; None: as the model makes it.
         fit: Finds the parameters of a policy by name, for a share.
     """
-    stores = {spec(policy): policy for policy in policies if "store" in policy.parts}
+    stores = {spec(policy): policy for policy in policies if "store" in policy.parts and not with_fit(policy)}
     found: list[Family] = []
 
     def add(name: str, at: Callable[[float], tuple[Policy, ...]]) -> None:
@@ -118,7 +119,10 @@ def families(
     for policy in policies:
         if policy in stores.values():
             continue
-        if with_fit(policy):
+        if with_fit(policy) and "store" in policy.parts:
+            # it counts spare slots itself
+            found.append(Family(policy.name, single(partial(stored, fit, policy.name))))
+        elif with_fit(policy):
             add(policy.name, single(partial(fit, policy.name)))
         elif "read" in policy.parts:
             found.append(Family(f"{policy.name} (reads)", single(policy.within)))
@@ -133,6 +137,11 @@ def families(
 def single(made: Callable[[float], Policy]) -> Callable[[float], tuple[Policy, ...]]:
     """One policy as a set of them."""
     return lambda share: (made(share),)
+
+
+def stored(fit: Fit, name: str, share: float) -> Policy:
+    """A policy that stores, with what its own fit finds for a share."""
+    return fit(name, share * OVERHEAD)
 
 
 def even(policy: Policy, tokens: int, share: float) -> Policy:
@@ -166,7 +175,16 @@ def only(store: Policy, least: float) -> Callable[[float], tuple[Policy, ...]]:
     return at
 
 
-def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share: float, kv_heads: int) -> Policy:
+def fitted(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    share: float,
+    kv_heads: int,
+    file: Path | None = None,
+) -> Policy:
     """A policy with the parameters that its own `fit` finds, made to hold a share.
 
     Spans are searched under the share itself. Of heads that a gate orders as many keep everything as fit; where `fit`
@@ -176,17 +194,20 @@ def fitted(name: str, model: Any, tokenizer: Any, text: str, tokens: int, share:
         name: Its name.
         model: The model.
         tokenizer: Its tokenizer.
-        text: What spans are searched on.
+        text: What spans and bits are searched on.
         tokens: Length of the text that the share is of.
         share: Share of the model's own cache.
         kv_heads: KV heads of the whole model.
+        file: Where results are kept that another share can use.
 
     Raises:
         BadInput: it cannot hold so little.
     """
     policy: Any = find(name, "compress")
-    if "keep" in inspect.signature(policy.fit).parameters:
-        return policy.fit(model, tokenizer, text, keep=share / OVERHEAD)
+    takes = inspect.signature(policy.fit).parameters
+    if "keep" in takes:
+        more = {"tokens": tokens, "file": file} if "file" in takes else {}
+        return policy.fit(model, tokenizer, text, keep=share / OVERHEAD, **more)
     found = policy.fit(model, tokenizer)
     room = share / OVERHEAD * tokens
     if hasattr(found, "keeping"):

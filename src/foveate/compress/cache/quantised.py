@@ -69,15 +69,16 @@ class Quantised(Policy):
         "values can have fewer bits than keys, as in KVTuner",
         use="when memory is short and nothing may be forgotten; beside any policy that says what stays",
         misleads="it saves bytes and hardly any time on a CPU: decoding a row takes about as long as reading a whole "
-        "one; without the native kernel rows are turned into numbers again at each token. The call that brings tokens still sees them as they came, so that the loss shows from the next call on",
+        "one; without the native kernel rows are turned into numbers again at each token. The call that brings tokens "
+        "still sees them as they came, so that the loss shows from the next call on",
         claims=("value_bits",),
     )
     test_params: ClassVar = ({}, {"bits": 4}, {"value_bits": 4})
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side) -> IntegerRows:
+    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side, layer: int) -> IntegerRows:
         return IntegerRows.empty(slots, rows.shape[1], self.bits_of(side), self.group, rows.dtype, rows.device)
 
-    def row_bytes(self, width: int, dtype: torch.dtype, side: Side) -> int:
+    def row_bytes(self, width: int, dtype: torch.dtype, side: Side, layer: int) -> int:
         return IntegerRows.row_bytes(width, self.bits_of(side), self.group)
 
     def bits_of(self, side: Side) -> int:

@@ -23,19 +23,12 @@ from foveate.compress.prune._greedy import DISTANCES, Greedy, Step, pieces
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Parts, Pruner
-from foveate.core.places import Head, Heads, Indices
+from foveate.core.places import Head, Heads, Indices, Layers
 from foveate.core.plan import fingerprint
 from foveate.core.removing import KINDS
 from foveate.probe.ledger import Ledger
 
 __all__ = ["Course", "PartRemoval"]
-
-
-@dataclass(frozen=True)
-class Layers(Indices):
-    """Layers, none unless they are named."""
-
-    empty: ClassVar = "() is none"
 
 
 @dataclass(frozen=True)

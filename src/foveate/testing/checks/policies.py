@@ -215,11 +215,13 @@ def stored_rows(m: Policy) -> None:
     if "store" not in m.parts:
         return
     rows = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
-    for dtype, side in itertools.product((torch.float32, torch.bfloat16), SIDES):
+    for dtype, side, layer in itertools.product((torch.float32, torch.bfloat16), SIDES, range(2)):
         given = rows.to(dtype)
-        made = m.store(given, 50, side)
+        made = m.store(given, 50, side, layer)
         held = sum(t.nbytes for t in tensors_in(made))
-        expect(held == 50 * m.row_bytes(32, dtype, side), f"50 rows of {side} take {held} bytes, not what it says")
+        expect(
+            held == 50 * m.row_bytes(32, dtype, side, layer), f"50 rows of {side} take {held} bytes, not what it says"
+        )
         to = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:37]
         made[to] = given
         back = numbers(made[to])
