@@ -48,6 +48,8 @@ class MixedBits(Policy):
         group: Channels of a row that share a middle and a step, at most.
 
     Example:
+        Each layer whose keys or values get 8 bits adds to what the cache holds.
+
         >>> import foveate
         >>> from foveate.compress import MixedBits
         >>> from foveate.testing import handmade, tiny
@@ -56,13 +58,15 @@ class MixedBits(Policy):
         ...     with foveate.attach(handmade.model(), policy) as attached:
         ...         attached.model(ids)
         ...         return attached.bytes_held()
-        >>> held(MixedBits()) < held(MixedBits(keys=(1,))) < held(MixedBits(keys=(0, 1), values=(0, 1)))
+        >>> all_in_8 = MixedBits(keys=(0, 1), values=(0, 1))
+        >>> held(MixedBits()) < held(MixedBits(keys=(1,))) < held(all_in_8)
         True
 
-        `fit` finds which parts can do with 4 bits.
+        `fit` finds which parts need 8: here the values of the last layer.
 
         >>> again, model = 16 * "qwertyuiopasdfgh", handmade.model()
-        >>> found = MixedBits.fit(model, tiny.tokenizer(), again, keep=0.3, tokens=48, samples=2, follow=8)
+        >>> few = {"keep": 0.3, "tokens": 48, "samples": 2, "follow": 8}
+        >>> found = MixedBits.fit(model, tiny.tokenizer(), again, **few)
         >>> found.keys, found.values
         ((), (1,))
     """
