@@ -91,7 +91,7 @@ class MixedBits(Policy):
         "apart by chance on few texts. It saves bytes and hardly any time on a CPU",
         claims=("mixed_bits",),
     )
-    test_params: ClassVar = ({}, {"keys": (0,)}, {"keys": (1,), "values": (0,)})
+    test_params: ClassVar = ({}, {"keys": (0,)}, {"keys": (1,), "values": (1,)})
 
     def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side, layer: int) -> IntegerRows:
         return IntegerRows.empty(slots, rows.shape[1], self.bits_of(side, layer), self.group, rows.dtype, rows.device)
