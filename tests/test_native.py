@@ -247,7 +247,8 @@ def coded(rows: Tensor, width: int, bits: int, groups: int, seed: int) -> tuple[
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("width", "values"), [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((96, 3), (256, 1)), ((256, 8), (96, 3))]
+    ("width", "values"),
+    [((32, 2), (64, 2)), ((20, 5), (6, 1)), ((96, 3), (256, 1)), ((256, 8), (96, 3)), ((256, 8), (256, 1))],
 )
 @pytest.mark.parametrize(("kind", "queries", "keys"), [("random", 1, 300), ("causal", 3, 600), ("window", 200, 300)])
 def test_codes(bits, width, values, kind, queries, keys):

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from foveate.compress.cache._integers import Integers
 from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
-from foveate.core.mechanism import Policy
-from foveate.core.packed import IntegerRows
 from foveate.core.params import bounded
 from foveate.core.places import Layers
 from foveate.core.plan import fingerprint
@@ -39,7 +37,7 @@ def some_layers() -> Any:
 
 
 @dataclass(frozen=True)
-class MixedBits(Policy):
+class MixedBits(Integers):
     """Store keys and values as integers of 8 bits in some layers, of 4 in the others.
 
     Args:
@@ -93,14 +91,7 @@ class MixedBits(Policy):
     )
     test_params: ClassVar = ({}, {"keys": (0,)}, {"keys": (1,), "values": (1,)})
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side, layer: int) -> IntegerRows:
-        return IntegerRows.empty(slots, rows.shape[1], self.bits_of(side, layer), self.group, rows.dtype, rows.device)
-
-    def row_bytes(self, width: int, dtype: torch.dtype, side: Side, layer: int) -> int:
-        return IntegerRows.row_bytes(width, self.bits_of(side, layer), self.group)
-
     def bits_of(self, side: Side, layer: int) -> int:
-        """Of each channel of the keys or of the values of a layer."""
         return 8 if layer in (self.keys if side == "keys" else self.values) else 4
 
     @classmethod

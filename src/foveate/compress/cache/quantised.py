@@ -12,13 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from foveate.compress.cache._integers import Integers
 from foveate.core.card import Card, Needs
-from foveate.core.mechanism import Policy
-from foveate.core.packed import IntegerRows
 from foveate.core.params import bounded, choice
 from foveate.core.ragged import Side
 
@@ -26,7 +21,7 @@ __all__ = ["Quantised"]
 
 
 @dataclass(frozen=True)
-class Quantised(Policy):
+class Quantised(Integers):
     """Store keys and values as integers, each row by itself; attention decodes them as it reads.
 
     Args:
@@ -75,12 +70,5 @@ class Quantised(Policy):
     )
     test_params: ClassVar = ({}, {"bits": 4}, {"value_bits": 4})
 
-    def store(self, rows: Float[Tensor, "entries width"], slots: int, side: Side, layer: int) -> IntegerRows:
-        return IntegerRows.empty(slots, rows.shape[1], self.bits_of(side), self.group, rows.dtype, rows.device)
-
-    def row_bytes(self, width: int, dtype: torch.dtype, side: Side, layer: int) -> int:
-        return IntegerRows.row_bytes(width, self.bits_of(side), self.group)
-
-    def bits_of(self, side: Side) -> int:
-        """Of each channel of the keys or of the values."""
+    def bits_of(self, side: Side, layer: int) -> int:
         return (self.value_bits if side == "values" else 0) or self.bits
