@@ -1,6 +1,11 @@
-"""Draws the README's picture from a saved profile: python docs/draw.py profiles/smollm2 docs/images/smollm2.png"""
+"""Draws the README's pictures.
+
+python docs/draw.py heads profiles/smollm2 docs/images/smollm2.png     # from a saved profile
+python docs/draw.py frontier docs/images/frontier.png                  # from bench/results/frontier.json
+"""
 
 import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -8,6 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import foveate
+
+sys.path.insert(0, str(Path(__file__).parent / "hooks"))
+from figures import draw_frontier
+from svg import drawing
 
 PANELS = {
     "first_token_mass": "first token",
@@ -18,7 +27,7 @@ PANELS = {
 }
 
 
-def main(folder: str, target: str) -> None:
+def heads(folder: str, target: str) -> None:
     profile = foveate.Profile.load(folder)
     fig, axes = plt.subplots(1, len(PANELS), figsize=(11, 5), sharey=True, layout="constrained")
     for ax, (metric, title) in zip(axes, PANELS.items(), strict=True):
@@ -33,5 +42,11 @@ def main(folder: str, target: str) -> None:
     fig.savefig(target, dpi=110)
 
 
+def frontier(target: str) -> None:
+    with drawing(8.6, 2.7) as fig:
+        draw_frontier(fig)
+        fig.savefig(target, dpi=110, facecolor="white")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"heads": heads, "frontier": frontier}[sys.argv[1]](*sys.argv[2:])

@@ -9,6 +9,7 @@ from pathlib import Path
 import patterns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from svg import BLUE, GREEN, INK, ORANGE, RED, bare, drawing, shade, svg
 
@@ -21,6 +22,18 @@ from foveate.testing.views import with_mask
 __all__ = ["FIGURES"]
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+# policies that give every head the same share of a cache
+EVEN = [
+    "chunks",
+    "expected_attention",
+    "heavy_hitters",
+    "key_diversity",
+    "key_norm",
+    "last_token",
+    "observation_window",
+    "streaming",
+    "value_norm",
+]
 FIGURES: dict[str, Callable[[], str]] = {}
 
 
@@ -274,3 +287,48 @@ def memory() -> str:
         ax.set(xlabel="tokens", ylabel="GB added at the peak")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return svg(f)
+
+
+@figure
+def frontier() -> str:
+    """Quality against the bytes of the cache, from bench/results/frontier.json."""
+    with drawing(8.6, 2.7) as f:
+        draw_frontier(f)
+        return svg(f)
+
+
+def draw_frontier(f: Figure) -> None:
+    """Four panels of 4,096 tokens, the question not seen; of each kind the best at a size, for each panel anew."""
+    results = json.loads((RESULTS / "frontier.json").read_text())
+    probes = {
+        "passkey": "passkey",
+        "key_value": "key-value recall",
+        "planted_facts": "facts in real text",
+        "perplexity": "perplexity x full",
+    }
+    kinds: dict[str, tuple[str, str, Callable[[str], bool]]] = {
+        "everything, in fewer bits": (GREEN, "s-", lambda name: name.endswith("bits")),
+        "everything for few heads": (BLUE, "o-", lambda name: "heads + " in name),
+        "one share for every head": (ORANGE, "^-", lambda name: name.split(" @ ")[0] in EVEN),
+        "kvpress": (RED, "D:", lambda name: name.startswith("kvpress")),
+    }
+    axes = f.subplots(1, len(probes))
+    for ax, (probe, title) in zip(axes, probes.items(), strict=True):
+        measured = results[f"unseen 4096 {probe}"]
+        better = min if probe == "perplexity" else max
+        ax.axhline(measured["full"]["value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="full cache")
+        for label, (colour, style, is_one) in kinds.items():
+            best: dict[float, float] = {}
+            for name, row in measured.items():
+                if is_one(name):
+                    asked = name.partition(" @ ")[2]
+                    at = float(asked) if asked else round(row["share"], 3)
+                    best[at] = better(best.get(at, row["value"]), row["value"])
+            ax.plot(*zip(*sorted(best.items()), strict=True), style, color=colour, label=label, linewidth=1.2, ms=4)
+        ax.set(title=title, xlabel="share of the bytes", xlim=(0.085, 0.6))
+        ax.set_ylim(*((0.985, 1.155) if probe == "perplexity" else (-0.03, 1.03)))
+        ax.set_xscale("log")
+        ax.set_xticks((0.1, 0.25, 0.5), ("10 %", "25 %", "50 %"))
+        ax.minorticks_off()
+    axes[0].set_ylabel("right answers")
+    f.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
