@@ -43,7 +43,7 @@ def heads(folder: str, target: str) -> None:
 
 
 def frontier(target: str) -> None:
-    with drawing(8.6, 2.7) as fig:
+    with drawing(8.8, 2.7) as fig:
         draw_frontier(fig)
         fig.savefig(target, dpi=110, facecolor="white")
 

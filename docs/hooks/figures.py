@@ -22,18 +22,6 @@ from foveate.testing.views import with_mask
 __all__ = ["FIGURES"]
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
-# policies that give every head the same share of a cache
-EVEN = [
-    "chunks",
-    "expected_attention",
-    "heavy_hitters",
-    "key_diversity",
-    "key_norm",
-    "last_token",
-    "observation_window",
-    "streaming",
-    "value_norm",
-]
 FIGURES: dict[str, Callable[[], str]] = {}
 
 
@@ -292,7 +280,7 @@ def memory() -> str:
 @figure
 def frontier() -> str:
     """Quality against the bytes of the cache, from bench/results/frontier.json."""
-    with drawing(8.6, 2.7) as f:
+    with drawing(8.8, 2.7) as f:
         draw_frontier(f)
         return svg(f)
 
@@ -306,29 +294,36 @@ def draw_frontier(f: Figure) -> None:
         "planted_facts": "facts in real text",
         "perplexity": "perplexity x full",
     }
-    kinds: dict[str, tuple[str, str, Callable[[str], bool]]] = {
-        "everything, in fewer bits": (GREEN, "s-", lambda name: name.endswith("bits")),
-        "everything for few heads": (BLUE, "o-", lambda name: "heads + " in name),
-        "one share for every head": (ORANGE, "^-", lambda name: name.split(" @ ")[0] in EVEN),
-        "kvpress": (RED, "D:", lambda name: name.startswith("kvpress")),
+    # a row is of the first kind that has one of its words in the name
+    kinds = {
+        "full cache": (INK, "", ("full",)),
+        "kvpress": (RED, "D:", ("kvpress",)),
+        "at random": (INK, ".:", ("random",)),
+        "everything for few heads": (BLUE, "o-", ("heads + ",)),
+        "everything, in fewer bits": (GREEN, "s-", ("bits",)),
+        "one policy for all heads": (ORANGE, "^-", (" @ ",)),
     }
     axes = f.subplots(1, len(probes))
     for ax, (probe, title) in zip(axes, probes.items(), strict=True):
         measured = results[f"unseen 4096 {probe}"]
         better = min if probe == "perplexity" else max
         ax.axhline(measured["full"]["value"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="full cache")
-        for label, (colour, style, is_one) in kinds.items():
-            best: dict[float, float] = {}
-            for name, row in measured.items():
-                if is_one(name):
-                    asked = name.partition(" @ ")[2]
-                    at = float(asked) if asked else round(row["share"], 3)
-                    best[at] = better(best.get(at, row["value"]), row["value"])
-            ax.plot(*zip(*sorted(best.items()), strict=True), style, color=colour, label=label, linewidth=1.2, ms=4)
+        found: dict[str, dict[float, float]] = {label: {} for label in kinds}
+        for name, row in measured.items():
+            kind = next((label for label, (_, _, words) in kinds.items() if any(w in name for w in words)), None)
+            if kind and "(reads)" not in name:
+                asked = name.partition(" @ ")[2]
+                at = float(asked) if asked else round(row["share"], 3)
+                found[kind][at] = better(found[kind].get(at, row["value"]), row["value"])
+        for label, (colour, style, _) in kinds.items():
+            if style:
+                x, y = zip(*sorted(found[label].items()), strict=True)
+                ax.plot(x, y, style, color=colour, label=label, linewidth=1.2, markersize=4)
         ax.set(title=title, xlabel="share of the bytes", xlim=(0.085, 0.6))
-        ax.set_ylim(*((0.985, 1.155) if probe == "perplexity" else (-0.03, 1.03)))
+        ax.set_ylim(*((0.98, 1.18) if probe == "perplexity" else (-0.03, 1.03)))
         ax.set_xscale("log")
         ax.set_xticks((0.1, 0.25, 0.5), ("10 %", "25 %", "50 %"))
         ax.minorticks_off()
     axes[0].set_ylabel("right answers")
-    f.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
+    lines, names = axes[0].get_legend_handles_labels()
+    f.legend(lines, names, loc="outside lower center", ncols=6, columnspacing=1.2, handlelength=1.7)
