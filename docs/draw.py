@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import foveate
 
 sys.path.insert(0, str(Path(__file__).parent / "hooks"))
-from figures import draw_frontier
+from figures import FRONTIER, draw_frontier
 from svg import drawing
 
 PANELS = {
@@ -43,7 +43,7 @@ def heads(folder: str, target: str) -> None:
 
 
 def frontier(target: str) -> None:
-    with drawing(8.8, 2.7) as fig:
+    with drawing(*FRONTIER) as fig:
         draw_frontier(fig)
         fig.savefig(target, dpi=110, facecolor="white")
 

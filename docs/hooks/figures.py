@@ -22,6 +22,8 @@ from foveate.testing.views import with_mask
 __all__ = ["FIGURES"]
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+FRONTIER = 8.8, 2.7
+"""Inches of a figure that the README has as well."""
 FIGURES: dict[str, Callable[[], str]] = {}
 
 
@@ -280,7 +282,7 @@ def memory() -> str:
 @figure
 def frontier() -> str:
     """Quality against the bytes of the cache, from bench/results/frontier.json."""
-    with drawing(8.8, 2.7) as f:
+    with drawing(*FRONTIER) as f:
         draw_frontier(f)
         return svg(f)
 
