@@ -230,30 +230,39 @@ def peers(model, tokenizer, args: argparse.Namespace) -> None:
     env = os.environ | {"SMOLLM2_FOLDER": str(converted("smollm2"))}
     env.pop("PYTHONPATH", None)
     command = [args.peer[1], str(HERE / "peers" / "kvpress_worker.py")]
-    cases = [(t, n, p, k) for t in args.tokens for n in args.probes for p in args.only or PRESSES for k in args.keep]
+    presses = args.only or PRESSES
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
-        for tokens, name, press, share in cases:
-            row = f"transformers {press}" if press == "QuantizedCache" else f"kvpress {press} @ {share:g}"
+        for tokens, name in [(t, n) for t in args.tokens for n in args.probes]:
             key = f"unseen {tokens} {name}"
-            if not args.again and is_done(key, row, args.count):
+            left = {row(p, k): (p, k) for p in presses for k in args.keep}
+            left = {r: cache for r, cache in left.items() if args.again or not is_done(key, r, args.count)}
+            if not left:
                 continue
             jobs, graded = asked(model, tokenizer, name, tokens, args.count)
-            entries = []
+            entries: dict[str, list[dict]] = {r: [] for r in left}
             for n, job in enumerate(jobs):
-                known = Ledger.key("kvpress", press, share, job)
-                if known not in ledger:
-                    ledger.add(known, answered(worker, job | {"press": press, "keep": share}))
-                entries.append(ledger[known])
-                print(f"\rkvpress {tokens} {name} {press} {share}: {n + 1}", end="", flush=True)
-            numbers = graded(entries) | {"share": sum(e["share"] for e in entries) / len(entries)}
-            save(key, {row: numbers})
-            print(f": {numbers['value']:.3f}")
+                known = {r: Ledger.key("kvpress", press, share, job) for r, (press, share) in left.items()}
+                if missing := [r for r in left if known[r] not in ledger]:
+                    said = answered(worker, job | {"caches": [left[r] for r in missing]})
+                    for r, entry in zip(missing, said, strict=True):
+                        ledger.add(known[r], entry)
+                for r in left:
+                    entries[r].append(ledger[known[r]])
+                print(f"\rkvpress {tokens} {name}: {n + 1} of {len(jobs)}", end="", flush=True)
+            print()
+            shares = {r: sum(e["share"] for e in found) / len(found) for r, found in entries.items()}
+            save(key, {r: graded(found) | {"share": shares[r]} for r, found in entries.items()})
         assert worker.stdin
         worker.stdin.close()
 
 
-def answered(worker: subprocess.Popen, question: dict) -> dict:
-    """What the other process says to one prompt."""
+def row(press: str, share: float) -> str:
+    """What a press's row is called."""
+    return f"transformers {press}" if press == "QuantizedCache" else f"kvpress {press} @ {share:g}"
+
+
+def answered(worker: subprocess.Popen, question: dict) -> list[dict]:
+    """What the other process says to one prompt, with each of the caches."""
     assert worker.stdin
     assert worker.stdout
     worker.stdin.write(json.dumps(question) + "\n")
