@@ -157,12 +157,15 @@ def test_what_is_proposed():
             assert share - 1 / 6 < counts.sum() / (6 * tokens) * 1.05 <= share + 1e-9, (name, share)
 
 
-def test_bits_that_are_fitted_are_proposed_alone(tmp_path, monkeypatch):
-    given = {}
+def test_bits_that_are_fitted_are_proposed_alone_and_beside_others(tmp_path, monkeypatch):
+    given = []
 
     def fit(model, tokenizer, text, *, keep, tokens, file):
-        given.update(keep=keep, text=text, tokens=tokens, file=file)
-        return MixedBits(keys=(0,))
+        given.append({"keep": keep, "text": text, "tokens": tokens, "file": file})
+        return MixedBits(keys=(0, 1), values=(0, 1)) if keep == 1 else MixedBits(keys=(0,))
+
+    def size(store):
+        return 100 if store is None else 20 + 5 * len(store.keys + store.values)
 
     monkeypatch.setattr(MixedBits, "fit", fit)
     found = {
@@ -171,16 +174,24 @@ def test_bits_that_are_fitted_are_proposed_alone(tmp_path, monkeypatch):
             named(["key_norm", "mixed_bits", "mixed_bits:keys=1"]),
             GATES,
             1000,
-            lambda store: 100 if store is None else 20,
+            size,
             lambda name, share: fitted(name, None, None, "read", 1000, share, len(GATES), tmp_path),
         )
     }
-    assert found["mixed_bits"].at(0.2) == (MixedBits(keys=(0,)),)
+    assert found["mixed_bits"].at(0.22) == (MixedBits(keys=(0,)),)
     # its own fit counts spare slots already
-    assert given == {"keep": pytest.approx(0.2), "text": "read", "tokens": 1000, "file": tmp_path}
-    assert not [name for name in found if name.endswith(", mixed_bits")]
+    assert given.pop() == {"keep": pytest.approx(0.22), "text": "read", "tokens": 1000, "file": tmp_path}
+    # beside a policy that drops a quarter of the parts get more bits, whatever the share
+    kept, store = found["key_norm, mixed_bits"].at(0.1)
+    assert [one["keep"] for one in given] == [1, pytest.approx(0.25 * 1.05)]
+    assert store == MixedBits(keys=(0,)) and kept.limits.keep == pytest.approx(0.1 / 0.25 / 1.05)
+    # where there is room for that, as many as the share allows
+    given.clear()
+    assert found["key_norm, mixed_bits"].at(0.5) == found["mixed_bits"].at(0.5)
+    assert given[-1]["keep"] == given[-2]["keep"] == pytest.approx(0.5)
     # with layers that were named it is a form like others
-    assert "key_norm, mixed_bits:keys=(1,)" in found
+    kept, store = found["key_norm, mixed_bits:keys=(1,)"].at(0.1)
+    assert store == MixedBits(keys=(1,))
 
 
 @pytest.mark.parametrize("name", ["gated_heads", "retrieval_heads", "mixture_of_spans"])

@@ -26,10 +26,12 @@ __all__ = ["OVERHEAD", "USUAL", "Family", "families", "named", "spared_heads", "
 
 # positions, scores and spare slots that come with each entry that is held
 OVERHEAD = 1.05
-USUAL = ("expected_attention", "key_diversity", "streaming", "quantised", "quantised:value_bits=4")
+USUAL = ("expected_attention", "key_diversity", "streaming", "quantised", "quantised:value_bits=4", "mixed_bits")
 """What is proposed when a user names nothing."""
 ELSEWHERE = (0.2, 0.5)
 """Share of the budget that the heads which are not spared get."""
+FINER = 0.25
+"""How far a form of storage that is fitted lies between its fewest bytes and its most, beside policies that drop."""
 
 Fit = Callable[[str, float], Policy]
 
@@ -100,29 +102,26 @@ def families(
         head_bytes: Bytes of one entry of one head under a policy that stores; None: as the model makes it.
         fit: Finds the parameters of a policy by name, for a share.
     """
-    stores = {spec(policy): policy for policy in policies if "store" in policy.parts and not with_fit(policy)}
+    forms = {spec(policy): form(policy, head_bytes, fit) for policy in policies if "store" in policy.parts}
     found: list[Family] = []
 
     def add(name: str, at: Callable[[float], tuple[Policy, ...]]) -> None:
         found.append(Family(name, at))
-        for form, store in stores.items():
-            part = head_bytes(store) / head_bytes(None)
+        for called, one in forms.items():
 
-            def packed(share: float, part: float = part, store: Policy = store) -> tuple[Policy, ...]:
+            def packed(share: float, one: Form = one) -> tuple[Policy, ...]:
+                store = one.beside()
+                part = head_bytes(store) / head_bytes(None)
                 # where all of it fits in this form nothing has to go
-                return (store,) if share >= part * OVERHEAD else (*at(share / part), store)
+                return (one.alone(share),) if share >= part * OVERHEAD else (*at(share / part), store)
 
-            found.append(Family(f"{name}, {form}", packed))
+            found.append(Family(f"{name}, {called}", packed))
 
-    for form, store in stores.items():
-        found.append(Family(form, only(store, head_bytes(store) / head_bytes(None) * OVERHEAD)))
+    found += [Family(called, single(one.alone)) for called, one in forms.items()]
     for policy in policies:
-        if policy in stores.values():
+        if "store" in policy.parts:
             continue
-        if with_fit(policy) and "store" in policy.parts:
-            # it counts spare slots itself
-            found.append(Family(policy.name, single(partial(stored, fit, policy.name))))
-        elif with_fit(policy):
+        if with_fit(policy):
             add(policy.name, single(partial(fit, policy.name)))
         elif "read" in policy.parts:
             found.append(Family(f"{policy.name} (reads)", single(policy.within)))
@@ -134,14 +133,38 @@ def families(
     return found
 
 
+@dataclass(frozen=True)
+class Form:
+    """Entries in fewer bits.
+
+    Args:
+        alone: The policy that stores all entries within a share; raises `BadInput` where they do not fit.
+        beside: The policy that stores what others keep.
+    """
+
+    alone: Callable[[float], Policy]
+    beside: Callable[[], Policy]
+
+
+def form(policy: Policy, head_bytes: Callable[[Policy | None], float], fit: Fit) -> Form:
+    """The form in which a policy stores; where its `fit` finds which parts get more bits, as many as fit."""
+    if not with_fit(policy):
+        return Form(partial(only, policy, head_bytes(policy) / head_bytes(None) * OVERHEAD), lambda: policy)
+
+    def alone(share: float) -> Policy:
+        # it counts spare slots itself
+        return fit(policy.name, share * OVERHEAD)
+
+    def beside() -> Policy:
+        least, most = head_bytes(policy), head_bytes(alone(1.0))
+        return alone((least + FINER * (most - least)) / head_bytes(None) * OVERHEAD)
+
+    return Form(alone, beside)
+
+
 def single(made: Callable[[float], Policy]) -> Callable[[float], tuple[Policy, ...]]:
     """One policy as a set of them."""
     return lambda share: (made(share),)
-
-
-def stored(fit: Fit, name: str, share: float) -> Policy:
-    """A policy that stores, with what its own fit finds for a share."""
-    return fit(name, share * OVERHEAD)
 
 
 def even(policy: Policy, tokens: int, share: float) -> Policy:
@@ -164,15 +187,15 @@ def spare(policy: Policy, gates: Sequence[Value], tokens: int, part: float, shar
     return sparing(policy, gates, share, tokens, rest, sinks=limits.sinks, every=limits.every)
 
 
-def only(store: Policy, least: float) -> Callable[[float], tuple[Policy, ...]]:
-    """A policy that stores, alone: it takes what it takes, which fits or does not."""
+def only(store: Policy, least: float, share: float) -> Policy:
+    """A policy that stores, alone: it takes what it takes, which fits or does not.
 
-    def at(share: float) -> tuple[Policy, ...]:
-        if share < least:
-            raise BadInput(f"{spec(store)} alone takes {least:.0%} of the cache, more than {share:.0%}")
-        return (store,)
-
-    return at
+    Raises:
+        BadInput: it does not.
+    """
+    if share < least:
+        raise BadInput(f"{spec(store)} alone takes {least:.0%} of the cache, more than {share:.0%}")
+    return store
 
 
 def fitted(
