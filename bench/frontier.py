@@ -57,8 +57,8 @@ PRESSES = (
 )
 
 
-def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tuple]:
-    """Sets of policies by name and share."""
+def settings(model, tokenizer, tokens: int, shares: list[float], only: list[str] | None) -> dict[str, tuple]:
+    """Sets of policies by name and share; of those that have something to find, only what was asked for."""
     import torch
     from jaxtyping import Float
     from torch import Tensor
@@ -66,11 +66,12 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
     import foveate
     from foveate.compress import HeavyHitters, KeyNorm, MergeDropped, MixedBits, Quantised
     from foveate.core.budget import Amount, Budget
+    from foveate.core.errors import BadInput
     from foveate.core.mechanism import Policy
     from foveate.core.policy import Held
     from foveate.core.registry import make
     from foveate.planning import proposals
-    from foveate.planning.compressing import cache_bytes
+    from foveate.planning.compressing import cache_bytes, fit
     from foveate.probe import default_text
 
     @dataclass(frozen=True)
@@ -86,11 +87,11 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
 
     gates = measured(model, tokenizer)
     known = [n for n in foveate.names("compress") if issubclass(foveate.find(n), Policy)]
-    fitted = {"retrieval_heads", "gated_heads", "mixture_of_spans"}
+    fitted = [n for n in known if proposals.with_fit(make(n, "compress")) and n != "mixed_bits"]
     scored = [n for n in known if "score" in make(n, "compress").parts and n not in fitted]
     readers = [n for n in known if "read" in make(n, "compress").parts]
-    text = default_text()
-    mixed = MixedBits.fit(model, tokenizer, text[: len(text) // 2], keep=0.2, file=LEDGER)
+    half = (text := default_text())[: len(text) // 2]
+    mixed = MixedBits.fit(model, tokenizer, half, keep=0.2, file=LEDGER)
     stores = {"8 bits": Quantised(), "8/4 bits": Quantised(value_bits=4), "4 bits": Quantised(bits=4)}
     stores["mixed bits"] = mixed
     _, entry_bytes = cache_bytes(model, tokens)
@@ -120,6 +121,11 @@ def settings(model, tokenizer, tokens: int, shares: list[float]) -> dict[str, tu
             if packed[n] * 0.3 < share < packed[n]:
                 for name in ("expected_attention", "last_token"):
                     add(f"{n} + heads + {name}", spared(name, share / packed[n]), store)
+        for name in fitted if only is None else set(fitted) & set(only):
+            try:
+                add(name, fit(model, tokenizer, half, tokens, len(gates), LEDGER, name, share))
+            except BadInput as e:
+                print(f"no {name} @ {share:g}: {e}")
         if share == 0.25:
             for name in readers:
                 add(f"{name} (reads)", make(name, "compress").within(Budget(share, every=0)))
@@ -170,7 +176,7 @@ def main() -> None:
         return
     for protocol in args.protocol:
         for tokens in args.tokens:
-            tried = settings(model, tokenizer, tokens, args.keep)
+            tried = settings(model, tokenizer, tokens, args.keep, args.only)
             tried = {n: p for n, p in tried.items() if not args.only or n.split(" @ ")[0] in args.only}
             for name in args.probes:
                 if name == PERPLEXITY and protocol == "seen":

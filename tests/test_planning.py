@@ -195,29 +195,34 @@ def test_bits_that_are_fitted_are_proposed_alone_and_beside_others(tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["gated_heads", "retrieval_heads", "mixture_of_spans"])
-def test_what_is_fitted_holds_the_share(name, monkeypatch):
+def test_what_is_fitted_holds_the_share(name, tmp_path, monkeypatch):
     """Whatever heads or spans a policy's own `fit` finds, what is proposed holds the share that was asked for."""
-    tokens = 1000
+    tokens, asked = 1000, []
 
-    def spans(model, tokenizer, text, *, keep):
+    def spans(model, tokenizer, text, *, keep, lengths, unseen):
+        asked.append((lengths, unseen))
         budget = foveate.Budget(1 << 24, sinks=4, recent=1)
         return MixtureOfSpans(budget, tuple((layer, head, 0.0, keep) for layer, head, _ in GATES))
 
     def heads(model, tokenizer):
+        asked.append(name)
         if name == "gated_heads":
             return GatedHeads(foveate.Budget(40, sinks=4, recent=20, every=0), GATES)
         return RetrievalHeads(0.2, ((1, 2),))
 
     fit = spans if name == "mixture_of_spans" else heads
     monkeypatch.setattr(find(name, "compress"), "fit", fit)
+    model = tiny.model("llama")
     for share in (0.3, 0.5):
-        policy = fitted(name, None, None, "", tokens, share, len(GATES))
+        policy = fitted(name, model, None, "", tokens, share, len(GATES), tmp_path / "results")
         seen = torch.tensor([tokens])
         counts = torch.cat([policy.counts(seen, layer, 2, 3, 64) for layer in range(2)], 1)
         assert share - 1 / 6 - 0.05 < counts.sum() / (6 * tokens) * 1.05 <= share + 0.03
+    # spans are found for each share at the length that is planned for, heads once
+    assert asked == ([((250, 500), 1000)] * 2 if name == "mixture_of_spans" else [name])
     if name != "mixture_of_spans":
         with pytest.raises(BadInput, match=r"more than 4%|too little for the others at 4%"):
-            fitted(name, None, None, "", tokens, 0.04, len(GATES))
+            fitted(name, model, None, "", tokens, 0.04, len(GATES))
 
 
 def test_policies_that_cannot_be_proposed():

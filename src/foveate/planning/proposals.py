@@ -20,7 +20,10 @@ from foveate.core.budget import Budget
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
 from foveate.core.places import Value
+from foveate.core.plan import fingerprint
 from foveate.core.registry import find, make
+from foveate.core.written import read, written
+from foveate.probe.ledger import Ledger
 
 __all__ = ["OVERHEAD", "USUAL", "Family", "families", "named", "spared_heads", "sparing", "with_fit"]
 
@@ -210,8 +213,9 @@ def fitted(
 ) -> Policy:
     """A policy with the parameters that its own `fit` finds, made to hold a share.
 
-    Spans are searched under the share itself. Of heads that a gate orders as many keep everything as fit; where `fit`
-    says which heads do, the others get what is left.
+    Spans and bits are searched under the share itself, spans on texts of a quarter and a half of the length, and tried
+    at the length. Of heads that a gate orders as many keep everything as fit; where `fit` says which heads do, the
+    others get what is left.
 
     Args:
         name: Its name.
@@ -229,9 +233,14 @@ def fitted(
     policy: Any = find(name, "compress")
     takes = inspect.signature(policy.fit).parameters
     if "keep" in takes:
-        more = {"tokens": tokens, "file": file} if "file" in takes else {}
+        more: dict[str, Any] = {"tokens": tokens, "file": file} if "file" in takes else {}
+        if "lengths" in takes:
+            more |= {"lengths": (tokens // 4, tokens // 2), "unseen": tokens}
         return policy.fit(model, tokenizer, text, keep=share / OVERHEAD, **more)
-    found = policy.fit(model, tokenizer)
+    ledger, key = Ledger(file), Ledger.key("heads", fingerprint(model), name)
+    if key not in ledger:
+        ledger.add(key, written(policy.fit(model, tokenizer)))
+    found: Any = read(ledger[key])
     room = share / OVERHEAD * tokens
     if hasattr(found, "keeping"):
         rest = found.limits.keep if isinstance(found.limits.keep, int) else found.limits.least
