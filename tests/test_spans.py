@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -25,6 +27,7 @@ from foveate.compress.cache._spans import (
     moved,
     profiled,
     sight,
+    unheard,
 )
 from foveate.core.budget import Budget
 from foveate.core.errors import BadInput
@@ -301,3 +304,26 @@ def test_settings_that_cannot_be_are_refused(changed, says):
 def test_a_short_text_is_refused():
     with pytest.raises(BadInput, match=r"a text of 100 tokens is too short .* give one of 192 or more"):
         SEARCH.run(handmade.model(), tiny.tokenizer(), FAR[:100])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the C library has another name")
+def test_what_the_solver_prints_is_not_heard(capfd):
+    """HiGHS prints a line from C at times, which would spoil what `--json` prints."""
+    print("before")
+    with unheard():
+        ctypes.CDLL(None).puts(b"from C")
+        os.write(1, b"at once")
+    print("behind")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nbehind\n"
+
+
+def test_a_solver_without_standard_output(monkeypatch):
+    """A program whose standard output is closed gets its answer as well."""
+
+    def closed(fd):
+        raise OSError
+
+    monkeypatch.setattr(os, "dup", closed)
+    losses = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    assert assign(losses, torch.tensor([[1, 5]]), (10,), 0.5).tolist() == [1]

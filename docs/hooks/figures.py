@@ -301,7 +301,7 @@ def draw_frontier(f: Figure) -> None:
         "full cache": (INK, "", ("full",)),
         "kvpress": (RED, "D:", ("kvpress",)),
         "at random": (INK, ".:", ("random",)),
-        "everything for few heads": (BLUE, "o-", ("heads + ",)),
+        "more for few heads": (BLUE, "o-", ("heads + ", "_heads", "mixture_of_spans")),
         "everything, in fewer bits": (GREEN, "s-", ("bits",)),
         "one policy for all heads": (ORANGE, "^-", (" @ ",)),
     }
