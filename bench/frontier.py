@@ -15,7 +15,8 @@ prompts of 700 tokens with another seed) keep everything, the others a twentieth
 `8 bits + …`: the same with keys and values in 8 bits, which leaves room for more than three times as many; `8/4 bits`:
 keys in 8 bits and values in 4; `4 bits`: both in 4; `mixed bits`: 8 bits for the keys and values of layers that need
 them and 4 for the others, found on half of the documentation; alone, they drop nothing. Policies that choose what a
-token reads hold everything; they are in the tables at the share that they read.
+token reads hold everything; they are in the tables at the share that they read. Policies that find their own heads or
+spans are there at the shares that these can hold.
 
 `kvpress` runs its presses in an environment of its own (it needs transformers below 5.3) on the same prompts; with
 `--only QuantizedCache` transformers' own cache of 4 bits (it needs optimum-quanto), which drops nothing.
