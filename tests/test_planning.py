@@ -225,6 +225,19 @@ def test_what_is_fitted_holds_the_share(name, tmp_path, monkeypatch):
             fitted(name, model, None, "", tokens, 0.04, len(GATES))
 
 
+def test_a_fit_tells_how_far_it_is(monkeypatch):
+    def slow(model, tokenizer, text, *, keep, tokens, file, progress):
+        for n in range(2):
+            progress(n + 1, 2)
+        return MixedBits()
+
+    monkeypatch.setattr(MixedBits, "fit", slow)
+    told = []
+    model = tiny.model("llama")
+    found = compressing.fit(model, None, "", 100, 6, None, "mixed_bits", 0.2, tell=lambda *step: told.append(step))
+    assert found == MixedBits() and told == [("mixed_bits", 1, 2), ("mixed_bits", 2, 2)]
+
+
 def test_policies_that_cannot_be_proposed():
     with pytest.raises(BadInput, match="only says what dropped entries leave behind"):
         named(["merge_dropped"])

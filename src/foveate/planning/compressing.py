@@ -146,7 +146,8 @@ def compress(
     before, per_head = cache_bytes(model, tokens)
     share = goal.share(before, tokens)
     gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
-    parts = families(policies, gates, tokens, per_head, partial(fit, model, tokenizer, half, tokens, len(gates), file))
+    fits = partial(fit, model, tokenizer, half, tokens, len(gates), file, tell=tell)
+    parts = families(policies, gates, tokens, per_head, fits)
     first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
     found = search(model, tokenizer, first, goal, parts, share, file, tell)
     proof = Exam(tasks, held_out, count, PROOF, unseen)
@@ -173,12 +174,25 @@ def heads_of(model: Any, tokenizer: Any, tokens: int, file: Path | None, tell: T
 
 
 def fit(
-    model: Any, tokenizer: Any, text: str, tokens: int, kv_heads: int, file: Path | None, name: str, share: float
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    kv_heads: int,
+    file: Path | None,
+    name: str,
+    share: float,
+    tell: Tell | None = None,
 ) -> Policy:
     """A policy whose own `fit` finds its parameters, found once for each share."""
+
+    def progress(done: int, of: int) -> None:
+        if tell:
+            tell(name, done, of)
+
     ledger, key = Ledger(file), Ledger.key("fit", fingerprint(model), text, tokens, name, share)
     if key not in ledger:
-        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads, file)))
+        ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads, file, progress)))
     policy = read(ledger[key])
     assert isinstance(policy, Policy)
     return policy

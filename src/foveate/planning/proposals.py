@@ -210,6 +210,7 @@ def fitted(
     share: float,
     kv_heads: int,
     file: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Policy:
     """A policy with the parameters that its own `fit` finds, made to hold a share.
 
@@ -226,20 +227,23 @@ def fitted(
         share: Share of the model's own cache.
         kv_heads: KV heads of the whole model.
         file: Where results are kept that another share can use.
+        progress: Called with what is done and how much there is, by a `fit` that tells.
 
     Raises:
         BadInput: it cannot hold so little.
     """
     policy: Any = find(name, "compress")
     takes = inspect.signature(policy.fit).parameters
+    more: dict[str, Any] = {"progress": progress} if "progress" in takes else {}
     if "keep" in takes:
-        more: dict[str, Any] = {"tokens": tokens, "file": file} if "file" in takes else {}
+        if "file" in takes:
+            more |= {"tokens": tokens, "file": file}
         if "lengths" in takes:
             more |= {"lengths": (tokens // 4, tokens // 2), "unseen": tokens}
         return policy.fit(model, tokenizer, text, keep=share / OVERHEAD, **more)
     ledger, key = Ledger(file), Ledger.key("heads", fingerprint(model), name)
     if key not in ledger:
-        ledger.add(key, written(policy.fit(model, tokenizer)))
+        ledger.add(key, written(policy.fit(model, tokenizer, **more)))
     found: Any = read(ledger[key])
     room = share / OVERHEAD * tokens
     if hasattr(found, "keeping"):
