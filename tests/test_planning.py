@@ -396,6 +396,23 @@ def compress(folder, text, out, *more, tokens=640, samples=2, policy="streaming"
     return here(*command, "--policy", policy, "--probe", "passkey", *more)
 
 
+def test_a_search_without_a_file_measures_once(text, monkeypatch):
+    """What one share measured another one takes; nothing is left behind."""
+    asked = []
+
+    def fit(model, tokenizer, text, *, keep, tokens, file):
+        asked.append((keep, file))
+        return MixedBits()
+
+    monkeypatch.setattr(MixedBits, "fit", fit)
+    model, policies = tiny.model("llama", max_position_embeddings=2048), named(["streaming", "mixed_bits"])
+    given = {"tokens": 640, "probes": ("passkey",), "count": 2}
+    compressing.compress(model, tiny.tokenizer(), text.read_text(), Goal(keep=0.3), policies, **given)
+    files = {file for _, file in asked}
+    assert len(files) == 1 and files != {None} and not files.pop().exists()
+    assert len({keep for keep, _ in asked}) == len(asked) == 3
+
+
 def test_what_is_fitted_has_not_read_what_it_is_judged_on(folder, text, tmp_path, monkeypatch):
     read = []
 

@@ -27,12 +27,12 @@ from foveate.compress.cache._spans import (
     moved,
     profiled,
     sight,
-    unheard,
 )
 from foveate.core.budget import Budget
 from foveate.core.errors import BadInput
 from foveate.core.mask import Mask
 from foveate.core.rows import Layer, View, attend
+from foveate.core.unheard import unheard
 from foveate.testing import handmade, tiny
 from foveate.testing.policies import ids_of, run
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -137,26 +138,35 @@ def compress(
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and tokens > most - 256:
         raise BadInput(f"--tokens {tokens}: {type(model).__name__} reads {most}; plan for at most {most - 256}")
-    probes = [*dict.fromkeys([*probes, *(n for n, _ in goal.quality if n != PERPLEXITY)])]
-    tasks = {one: task(one, tokens) for one in probes}
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    searched_on, held_out = split(ids, tokens)
-    # what a policy's own fit reads must not be what it is judged on either
-    half = tokenizer.decode(ids[: len(ids) // 2])
-    before, per_head = cache_bytes(model, tokens)
-    share = goal.share(before, tokens)
-    gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
-    fits = partial(fit, model, tokenizer, half, tokens, len(gates), file, tell=tell)
-    parts = families(policies, gates, tokens, per_head, fits)
-    first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
-    found = search(model, tokenizer, first, goal, parts, share, file, tell)
-    proof = Exam(tasks, held_out, count, PROOF, unseen)
-    verdict = prove(model, tokenizer, proof, goal, found, file, tell)
-    chosen = verdict.candidate.policies
-    cost = costs(model, chosen, tokens, before, tell)
-    evidence = {"goal": asdict(goal), "tokens": tokens, "count": count, "unseen": unseen, "proof": verdict.to_json()}
-    plan = Plan.of(model, *chosen, evidence=evidence, name=name)
-    return Compressed(plan, goal, found, verdict, cost)
+    with TemporaryDirectory() as folder:
+        # what one share measured another one takes from the file, also where nobody wants to keep it
+        file = file or Path(folder) / "results.jsonl"
+        probes = [*dict.fromkeys([*probes, *(n for n, _ in goal.quality if n != PERPLEXITY)])]
+        tasks = {one: task(one, tokens) for one in probes}
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        searched_on, held_out = split(ids, tokens)
+        # what a policy's own fit reads must not be what it is judged on either
+        half = tokenizer.decode(ids[: len(ids) // 2])
+        before, per_head = cache_bytes(model, tokens)
+        share = goal.share(before, tokens)
+        gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
+        fits = cache(partial(fit, model, tokenizer, half, tokens, len(gates), file, tell=tell))
+        parts = families(policies, gates, tokens, per_head, fits)
+        first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
+        found = search(model, tokenizer, first, goal, parts, share, file, tell)
+        proof = Exam(tasks, held_out, count, PROOF, unseen)
+        verdict = prove(model, tokenizer, proof, goal, found, file, tell)
+        chosen = verdict.candidate.policies
+        cost = costs(model, chosen, tokens, before, tell)
+        evidence = {
+            "goal": asdict(goal),
+            "tokens": tokens,
+            "count": count,
+            "unseen": unseen,
+            "proof": verdict.to_json(),
+        }
+        plan = Plan.of(model, *chosen, evidence=evidence, name=name)
+        return Compressed(plan, goal, found, verdict, cost)
 
 
 def heads_of(model: Any, tokenizer: Any, tokens: int, file: Path | None, tell: Tell | None) -> tuple[Gate, ...]:

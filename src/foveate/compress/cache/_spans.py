@@ -12,13 +12,9 @@ order in o' - o the sum is the Kullback-Leibler divergence from the predictions 
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
-import os
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -38,6 +34,7 @@ from foveate.core.mechanism import Edit, HeadEdit
 from foveate.core.places import Head
 from foveate.core.recording import frozen
 from foveate.core.rows import RowBlock, Rows, View
+from foveate.core.unheard import unheard
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,6 +273,7 @@ def assign(
     return torch.where(no_worse, held.sum(0), held.sum() + 1).argmin(1)
 
 
+@unheard()
 def least_share(held: Int[Tensor, "lengths lines"], lengths: Sequence[int], heads: int | None = None) -> float:
     """The least mean share that can be met at all lengths.
 
@@ -307,44 +305,16 @@ def too_little(held: Int[Tensor, "lengths lines"], lengths: Sequence[int], keep:
     )
 
 
+@unheard()
 def solved(cost: np.ndarray, limits: list[LinearConstraint]) -> OptimizeResult:
     """HiGHS's answer for binary choices."""
-    with unheard():
-        return milp(
-            cost,
-            constraints=limits,
-            integrality=np.ones_like(cost),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 1e-3, "time_limit": 60.0},
-        )
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """Keeps what compiled code prints from standard output: HiGHS prints a line at times, whatever it is told."""
-
-    def flushed() -> None:
-        for flush in (lambda: sys.stdout.flush(), lambda: ctypes.CDLL(None).fflush(None)):
-            # a program may have no standard output, a system no such name for its C library
-            with suppress(OSError, TypeError, ValueError, AttributeError):
-                flush()
-
-    flushed()
-    try:
-        real = os.dup(1)
-    except OSError:
-        # nobody listens
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        flushed()
-        os.dup2(real, 1)
-        os.close(real)
+    return milp(
+        cost,
+        constraints=limits,
+        integrality=np.ones_like(cost),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-3, "time_limit": 60.0},
+    )
 
 
 # ---------------------------------------------------------------- search
