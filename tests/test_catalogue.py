@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -133,6 +134,22 @@ def test_claims_come_with_their_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(catalogue, "CLAIMS", tmp_path / "none")
     with pytest.raises(BadInput, match="in a checkout"):
         catalogue.generate()
+
+
+def test_verdicts_stand_beside_the_scripts_and_in_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """What GitHub shows in the folder of the claims, and the excerpt of it, say what the results say."""
+    assert catalogue.VERDICTS.read_text() == catalogue.verdicts(), "run python -m foveate.catalogue"
+    readme = (catalogue.CLAIMS.parents[2] / "README.md").read_text()
+    assert catalogue.verdicts().splitlines()[2].rstrip(".") in readme
+    excerpt = re.findall(r"^\| (.+) \[(\w+)\]\(bench/claims/results/\2\.json\) \| (.+) \|$", readme, re.M)
+    assert len(excerpt) > 5
+    for words, name, verdict in excerpt:
+        found = catalogue.claim(name)
+        assert (words, verdict) == (found["claim"], found["verdict"])
+    (tmp_path / "one.json").write_text('{"claim": "It is so.", "verdict": "not testable here", "title": "On it"}')
+    monkeypatch.setattr(catalogue, "CLAIMS", tmp_path)
+    assert "Of 1 claims 0 hold, 0 hold in part and 0 fail. 1 cannot be tested here." in catalogue.verdicts()
+    assert "| It is so. [one](results/one.json) | not testable here | On it |" in catalogue.verdicts()
 
 
 def test_finding_an_entry() -> None:

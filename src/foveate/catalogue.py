@@ -1,6 +1,7 @@
 """The catalogue: `catalog.json`, generated from cards, docstrings and claims, so that listing does not wait for torch.
 
-`python -m foveate.catalogue` writes it again; a test fails when it is stale.
+`python -m foveate.catalogue` writes it again, and the table of verdicts beside the claims' scripts; a test fails when
+either is stale.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from foveate.core import registry
 from foveate.core.errors import BadInput, unknown
 
-__all__ = ["FILE", "Doc", "entries", "find", "generate", "read"]
+__all__ = ["FILE", "VERDICTS", "Doc", "entries", "find", "generate", "read", "verdicts"]
 
 FILE = Path(__file__).with_name("catalog.json")
 # only in a checkout: an installed package has what stood there when the catalogue was written
 CLAIMS = Path(__file__).parents[2] / "bench" / "claims" / "results"
+VERDICTS = CLAIMS.with_name("README.md")
 # what schedules give an account of: one head in float32, with 32 KB, 1 MB and 32 MB of fast memory
 LENGTH, WIDTH, ITEMSIZE = 8192, 64, 4
 MEMORIES = (32 << 10, 1 << 20, 32 << 20)
@@ -146,6 +149,31 @@ def claim(name: str) -> dict[str, str]:
     return {"name": name} | {key: result[key] for key in ("verdict", "claim", "title", "command")}
 
 
+def verdicts() -> str:
+    """The claims that were tested, as the Markdown of `VERDICTS`: their number by verdict, then a line for each."""
+    found = [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in sorted(CLAIMS.glob("*.json"))]
+    count = Counter(result["verdict"] for _, result in found)
+    counts = f"Of {len(found)} claims {count['holds']} hold, {count['partly']} hold in part and {count['fails']} fail."
+    if others := len(found) - count["holds"] - count["partly"] - count["fails"]:
+        counts += f" {others} cannot be tested here."
+    return "\n".join(
+        [
+            "# Claims of papers, tested",
+            "",
+            counts,
+            "[What the verdicts mean](../../docs/claims.md). `python bench/claims/NAME.py` tests a claim again.",
+            "",
+            "| claim | verdict | paper |",
+            "|---|---|---|",
+            *(
+                f"| {result['claim']} [{name}](results/{name}.json) | {result['verdict']} | {result['title']} |"
+                for name, result in found
+            ),
+            "",
+        ]
+    )
+
+
 def account(cls: type) -> dict[str, list[dict[str, Any]]]:
     """What a schedule moves with some sizes of fast memory, in bytes; nothing for the other kinds."""
     from foveate.core.errors import FoveateError
@@ -169,3 +197,4 @@ def account(cls: type) -> dict[str, list[dict[str, Any]]]:
 if __name__ == "__main__":
     FILE.write_text(json.dumps(generate(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{FILE.name}: {len(entries())} mechanisms")
+    VERDICTS.write_text(verdicts(), encoding="utf-8")
