@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +225,50 @@ def test_a_ledger_keeps_what_it_is_given(tmp_path):
     ledger.add("a", {"x": 1.5})
     assert Ledger(file)["a"] == {"x": 1.5} and "b" not in ledger
     assert [json.loads(line)["key"] for line in file.read_text().splitlines()] == ["a"]
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\x0b", "\x1c", "\r", "\ud800"])
+def test_answers_may_hold_any_character(tmp_path, mark):
+    file, said = tmp_path / "results.jsonl", f"one{mark}two"
+    Ledger(file).add("a", {"said": said})
+    assert Ledger(file)["a"] == {"said": said} and file.read_bytes().isascii()
+    if mark != "\ud800":
+        # as they stand in files of before
+        with file.open("ab") as out:
+            out.write(json.dumps({"key": "b", "result": said}, ensure_ascii=False).encode() + b"\n")
+        Ledger(file).add("c", 1)
+        assert Ledger(file).found == {"a": {"said": said}, "b": said, "c": 1}
+
+
+def test_a_line_torn_anywhere_is_written_again(tmp_path):
+    """Also inside of a character, right before its end, and where it is the first one."""
+    file = tmp_path / "results.jsonl"
+    line = '{"key": "b", "result": "é\u2028"}\n'.encode()
+    for whole in (b"", b'{"key": "a", "result": 1}\n'):
+        for cut in range(len(line)):
+            file.write_bytes(whole + line[:cut])
+            ledger = Ledger(file)
+            assert file.read_bytes() == whole and "b" not in ledger
+            ledger.add("b", 2)
+            assert Ledger(file).found == ({"a": 1} if whole else {}) | {"b": 2}
+
+
+def test_what_is_whole_is_never_written_anew(tmp_path, monkeypatch):
+    file = tmp_path / "results.jsonl"
+    file.write_bytes(b'{"key": "a", "result": 1}\n{"key')
+    before = file.stat().st_ino
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, name, lambda *_, **__: pytest.fail("a kill here would lose everything"))
+    assert Ledger(file).found == {"a": 1} and file.stat().st_ino == before
+
+
+@pytest.mark.parametrize("content", [b"a note", b"\xff\xfe\x00\n\x01", b"\x89PNG", b"{}"])
+def test_a_file_that_is_no_ledger_stays_as_it_is(tmp_path, content):
+    file = tmp_path / "notes"
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match="holds no results of an earlier run"):
+        Ledger(file)
+    assert file.read_bytes() == content
 
 
 def test_prompts_longer_than_the_model_reads(tokenizer):

@@ -11,6 +11,9 @@ from foveate.core.errors import BadInput
 
 __all__ = ["Ledger"]
 
+START = b'{"key": "'
+"""What every line begins with."""
+
 
 class Ledger:
     """Results by key, each a line of JSON at the end of a file; without a file they last as long as the object.
@@ -27,22 +30,28 @@ class Ledger:
         self.found: dict[str, Any] = {}
         if self.file is None or not self.file.exists():
             return
+        nothing = f"{self.file} holds no results of an earlier run"
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"{self.file} holds no results of an earlier run ({e}); name another file") from None
+            content = self.file.read_bytes()
+        except OSError as e:
+            raise BadInput(f"{nothing} ({e}); name another file") from None
+        *lines, torn = content.split(b"\n")
         for n, line in enumerate(lines):
             try:
-                entry = json.loads(line)
+                entry = json.loads(line.decode("utf-8"))
                 self.found[entry["key"]] = entry["result"]
-            except (ValueError, KeyError, TypeError):
-                # the line that was being written when the run was interrupted
-                if n == len(lines) - 1 and not line.endswith("\n"):
-                    self.file.write_text("".join(lines[:-1]), encoding="utf-8")
-                    break
+            except (ValueError, KeyError, TypeError) as e:
+                if n == 0 and isinstance(e, UnicodeDecodeError):
+                    raise BadInput(f"{nothing} ({e}); name another file") from None
                 raise BadInput(
                     f"{self.file}, line {n + 1}, is no result of an earlier run; name another file, or delete this one"
                 ) from None
+        # the line that was being written when the run was interrupted, also where only its end is missing
+        if torn:
+            if not lines and torn[: len(START)] != START[: len(torn)]:
+                raise BadInput(f"{nothing}; name another file")
+            with self.file.open("r+b") as out:
+                out.truncate(len(content) - len(torn))
 
     @staticmethod
     def key(*parts: Any) -> str:
@@ -61,5 +70,5 @@ class Ledger:
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n")
+        with self.file.open("ab") as out:
+            out.write(json.dumps({"key": key, "result": result}).encode() + b"\n")
