@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from foveate.core.errors import BadInput, unknown
 
@@ -28,11 +29,23 @@ def at_least(*options: tuple[str, int, int]) -> None:
 
 
 def folder(out: Path) -> None:
-    """Where nothing can be written is told before hours of work."""
-    at = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not at.is_dir():
-        raise BadInput(f"--out {out}: {at} is a file, not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    """Where nothing can be written is told before hours of work; a folder that is not there yet is not left behind."""
+    way = out.absolute(), *out.absolute().parents
+    try:
+        missing = [p for p in way if not p.exists()]
+        at = way[len(missing)]
+        if not at.is_dir():
+            raise BadInput(f"--out {out}: {at} is a file, not a folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=out) as file:
+                file.write(b"\n")
+        finally:
+            for p in missing:
+                with suppress(OSError):
+                    p.rmdir()
+    except OSError as e:
+        raise BadInput(f"--out {out}: nothing can be written there ({e.strerror or e}); name another folder") from None
 
 
 def going_on(ledger: Path) -> str:
