@@ -9,9 +9,9 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import foveate
-from foveate.compress import HeavyHitters, KeyNorm, LastToken, ObservationWindow, Streaming
+from foveate.compress import HeavyHitters, KeyNorm, LastToken, ObservationWindow, Quantised, Streaming
 from foveate.core.attach import Attached
-from foveate.core.branches import branch
+from foveate.core.branches import Whole, branch
 from foveate.core.budget import Budget, in_bytes
 from foveate.core.cache import RaggedLayer, ragged_layers
 from foveate.core.errors import BadInput, BadParameter, NothingObserved, NotSupported
@@ -159,6 +159,43 @@ def test_a_filled_sliding_cache_is_taken_over():
     cache = net(input_ids=ids[:, :30], use_cache=True).past_key_values
     with foveate.attach(net, Streaming(1.0)):
         got = net(input_ids=ids[:, 30:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("policy", [HeavyHitters(1.0), HeavyHitters(Budget(1.0, every=0)), Quantised(), Whole()])
+@torch.no_grad()
+def test_what_leaves_a_window_is_freed(family, policy):
+    """And nothing but that: the model says what it says with its own cache."""
+    net, ids = tiny.model(family), ids_of(length=70)
+    own, cache = DynamicCache(config=net.config), DynamicCache(config=net.config)
+    calls = [ids[:, :40], *ids[:, 40:60].split(1, 1), ids[:, 60:]]
+    want = [net(input_ids=part, past_key_values=own).logits for part in calls]
+    with foveate.attach(net, policy, trial=False):
+        got = [net(input_ids=part, past_key_values=cache).logits for part in calls]
+    if policy != Quantised():
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(ragged_layers(cache), own.layers, strict=True):
+        waiting = policy.limits.waiting if isinstance(policy, HeavyHitters) and policy.limits.every else 1
+        sinks = policy.limits.sinks if isinstance(policy, HeavyHitters) else 0
+        assert 0 <= int(mine.store.length.max()) - theirs.keys.shape[2] <= waiting + sinks
+
+
+@torch.no_grad()
+def test_tokens_are_taken_back_where_a_window_allows_it():
+    net, ids = tiny.model("mistral"), ids_of()
+    with foveate.attach(net, Whole(), trial=False):
+        want = net(input_ids=ids).logits[:, -1]
+        cache = DynamicCache(config=net.config)
+        net(input_ids=ids[:, :30], past_key_values=cache)
+        with pytest.raises(NotSupported, match=r"4 tokens cannot be taken back: the sliding window of 5 has moved on"):
+            cache.crop(-4)
+        cache = DynamicCache(config=net.config)
+        net(input_ids=ids[:, :25], past_key_values=cache)
+        cache.activate_past_recording()
+        net(input_ids=ids[:, 25:30], past_key_values=cache)
+        cache.crop(-5)
+        got = net(input_ids=ids[:, 25:], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -60,6 +60,21 @@ def test_a_plan_is_refused_elsewhere(model: Any, tmp_path: Path) -> None:
     Plan.load(file).check(tiny.model("llama").to(torch.bfloat16))
 
 
+def test_every_weight_and_how_it_attends_tells_a_model(model: Any) -> None:
+    own = fingerprint(model)
+    for name, weight in model.named_parameters():
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(-1).add_(0.25)
+            assert fingerprint(model) != own, name
+            weight.copy_(before)
+    assert fingerprint(model) == own
+    for changed in ({"sliding_window": 7}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}):
+        other = tiny.model("llama")
+        other.config.update(changed)
+        assert fingerprint(other) != own, changed
+
+
 def test_a_fingerprint_holds_no_path(model: Any) -> None:
     model.config._name_or_path = "somewhere/else"
     assert "somewhere" not in json.dumps(fingerprint(model))
@@ -79,6 +94,18 @@ def test_an_applied_plan_lasts_until_it_is_removed(model: Any, tmp_path: Path) -
     assert set(model.__dict__) == keys
     # unused plans come off too
     foveate.apply(model, Plan.of(model, EDIT)).remove()
+
+
+def test_a_plan_that_is_off_leaves_the_next_one_alone(model: Any) -> None:
+    plan = Plan.of(model, EDIT)
+    first = foveate.apply(model, plan)
+    first.remove()
+    second = foveate.apply(model, plan)
+    first.remove()
+    with pytest.raises(BadInput, match="has a plan already"):
+        foveate.apply(model, plan)
+    second.remove()
+    assert LASTING not in model.__dict__
 
 
 @dataclass(frozen=True)
@@ -122,6 +149,10 @@ def test_what_a_plan_cannot_hold(model: Any) -> None:
         (lambda d: d["mechanisms"][0]["parameters"].update(factor=-1), BadParameter, "factor must be from"),
         (lambda d: d["mechanisms"][0]["parameters"].update(gamma=1), BadInput, "the parameter 'gamma'; it has factor"),
         (lambda d: d.update(mechanisms=[3]), BadInput, "of another form"),
+        (lambda d: d.update(model="x"), BadInput, "of another form"),
+        (lambda d: d.update(evidence="x"), BadInput, "of another form"),
+        (lambda d: d["mechanisms"][0].update(parameters=[1]), BadInput, "of another form"),
+        (lambda d: d["mechanisms"][0].update(parameters={"heads": {"x": 1}}), BadInput, "of another form"),
     ],
 )
 def test_a_broken_plan_says_what_is_wrong(

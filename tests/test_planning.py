@@ -8,22 +8,36 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import foveate
 from commands import here
 from foveate.compress import GatedHeads, KeyNorm, MixedBits, MixtureOfSpans, Quantised, RetrievalHeads, Streaming
 from foveate.core.errors import BadInput, UnknownName
 from foveate.core.mechanism import Policy
+from foveate.core.plan import Plan
 from foveate.core.registry import find
+from foveate.finding.reporting import Spread
 from foveate.planning import compressing, searching
-from foveate.planning.compressing import cache_bytes
+from foveate.planning.compressing import Compressed, Cost, cache_bytes
 from foveate.planning.examining import FOLLOW, Exam, Standing, Value, ratio, split
 from foveate.planning.goals import Goal, parse_quality
 from foveate.planning.heads import answer_mass
 from foveate.planning.proposals import Family, families, fitted, named, spared_heads, sparing
-from foveate.planning.searching import Candidate, Searched, between, contenders, line_up, ordered, prove, search
+from foveate.planning.searching import (
+    Candidate,
+    Searched,
+    Verdict,
+    between,
+    contenders,
+    line_up,
+    ordered,
+    prove,
+    search,
+)
 from foveate.probe import KeyValue
 from foveate.probe.sample import Sample
+from foveate.probe.text import tokenised
 from foveate.testing import handmade, tiny
 
 GATES = tuple((layer, head, (3 * layer + head) / 10) for layer in range(2) for head in range(3))
@@ -73,13 +87,17 @@ def test_bytes_are_a_share_of_the_full_cache():
         Goal(bytes="4kB").share(4000, 100)
 
 
-def test_bytes_of_a_cache_are_those_of_the_model():
-    model = tiny.model("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss", "gpt2"])
+def test_bytes_of_a_cache_are_those_of_the_model(family):
+    """Where a window leaves a layer less than the text, too."""
+    model = tiny.model(family)
     full, per_head = cache_bytes(model, 20)
     with torch.no_grad():
         own = model(torch.ones(1, 20, dtype=torch.long), use_cache=True).past_key_values
-    assert full == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
-    assert per_head(Quantised()) < per_head(None)
+    held = [(layer.keys.numel() + layer.values.numel()) * 4 for layer in own.layers]
+    assert full == sum(held)
+    assert (held[0] < max(held)) == (family in ("gemma3", "gpt_oss"))
+    assert per_head(Quantised()) < per_head(None) == 4 * 2 * own.layers[0].keys.shape[3]
 
 
 # ---------------------------------------------------------------- the text
@@ -98,6 +116,18 @@ def test_what_is_proved_on_was_not_searched_on():
     assert [len(part) for part in least] == [2, 2]
 
 
+def test_every_stretch_begins_as_texts_do():
+    tokenizer = tiny.tokenizer()
+    assert tokenised(tokenizer, "abc") == (tokenizer("abc")["input_ids"], [])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    ids, front = tokenised(tokenizer, "abc" * 1000)
+    assert front == [1] and len(ids) == 3000
+    for part in split(ids, 300, front):
+        assert all(len(text) == 300 + FOLLOW and text[0] == 1 and 1 not in text[1:] for text in part)
+
+
 def test_a_text_too_short_to_hold_some_out():
     with pytest.raises(BadInput, match=r"1,511 tokens.*takes 1,512; plan for shorter ones with --tokens 499"):
         split(list(range(1511)), 500)
@@ -106,6 +136,11 @@ def test_a_text_too_short_to_hold_some_out():
 
 
 # ---------------------------------------------------------------- proposals
+
+
+def size_of(store):
+    """Bytes of an entry."""
+    return 100 if store is None else 30
 
 
 def test_the_heads_of_largest_gate_are_spared():
@@ -128,7 +163,7 @@ def test_what_is_proposed():
         return Streaming(share)
 
     def size(store):
-        return 100 if store is None else 23 if store.value_bits else 30
+        return 1000 if store is None else 230 if store.value_bits else 300
 
     tokens = 2000
     policies = named(["key_norm", "quantised", "quantised:value_bits=4", "pages", "gated_heads", "streaming"])
@@ -155,6 +190,49 @@ def test_what_is_proposed():
             counts = torch.cat([policy.counts(seen, layer, 2, 3, 64) for layer in range(2)], 1)
             # no more than the share, and most of it used but for a part of one head
             assert share - 1 / 6 < counts.sum() / (6 * tokens) * 1.05 <= share + 1e-9, (name, share)
+
+
+def test_policies_with_other_parameters_have_names_of_their_own():
+    def fit(name, share):
+        pytest.fail("fitted")
+
+    given = [
+        *("observation_window", "observation_window:window=16", "observation_window:window=64"),
+        *("pages:page=8", "pages:page=32", "quantised", "quantised:value_bits=4"),
+    ]
+    found = families(named(given), GATES, 2000, size_of, fit)
+    names = [f.name for f in found]
+    assert len(set(names)) == len(names)
+    for name in (
+        "observation_window",
+        "observation_window:window=16, quantised",
+        "observation_window:window=64 sparing heads, 20% elsewhere",
+        "pages:page=8 (reads)",
+    ):
+        assert name in names
+    # what is said twice is one, however it is written
+    again = families(named([*given, "quantised", "observation_window:window=32"]), GATES, 2000, size_of, fit)
+    assert [f.name for f in again] == names
+    exam = Fixed(lambda keep: (1.0, 0.8))
+    mine = [f for f in found if f.name in given and f.name.startswith("observation")]
+    tried = search(None, None, exam, Goal(keep=0.2), mine, 0.2).candidates
+    assert sorted(c.policies[0].window for c in tried) == [16, 32, 64]
+    with pytest.raises(RuntimeError, match="two families of policies are called streaming"):
+        search(None, None, exam, Goal(keep=0.2), [KEEPS, KEEPS], 0.2)
+
+
+def test_the_least_share_that_is_known_is_the_least():
+    policies = named(["key_norm", "streaming", "pages", "quantised", "mixed_bits"])
+    found = families(policies, GATES, 2000, size_of, lambda name, share: MixedBits())
+    known = {f.name: f for f in found if f.least is not None}
+    assert {f.name for f in found} - set(known) == {
+        *("mixed_bits", "pages (reads)"),
+        *(f.name for f in found if f.name.endswith(", mixed_bits")),
+    }
+    for f in known.values():
+        assert f.at(f.least * 1.0001)
+        with pytest.raises(BadInput):
+            f.at(f.least * 0.9999)
 
 
 def test_bits_that_are_fitted_are_proposed_alone_and_beside_others(tmp_path, monkeypatch):
@@ -288,7 +366,14 @@ def test_a_target_is_a_share_of_what_the_full_cache_recalls():
     assert standing(0.2, 1.03, 0.8).missed(GOAL) == ["perplexity 1.0300 x, above 1.02"]
     assert standing(0.2, 1.0, 0.7).missed(GOAL) == ["passkey 0.875 of the full cache's recall, below 0.95"]
     nothing = dataclasses.replace(standing(0.2, 1.0, 0.0), full={"passkey": 0.0})
-    assert nothing.missed(GOAL) == [] and nothing.distance == 0
+    assert nothing.distance == 0
+    assert nothing.missed(GOAL) == ["passkey: the full cache itself recalls nothing, which no target can be a share of"]
+    assert nothing.missed(Goal(keep=0.2)) == []
+    # perplexity that is no number comes last and meets nothing
+    for broken in (math.nan, math.inf):
+        spoilt = standing(0.2, broken, 0.8)
+        assert spoilt.distance == math.inf
+        assert spoilt.missed(GOAL) == ["perplexity is no number: the model's numbers overflow under it"]
     assert standing(0.2, 1.1, 0.4).distance == pytest.approx(0.5 + 0.1)
 
 
@@ -333,6 +418,31 @@ class Fixed(Exam):
         return found | {"full": standing(1.0, 1.0, 0.8)}
 
 
+def test_a_size_is_kept_to():
+    def made(held):
+        cost = Cost(100, 1000, held, *[Spread(0.0, 0.0, 0.0)] * 4)
+        one = candidate("a", 0.2)
+        verdict = Verdict(one, one.standing, one.standing, ())
+        return Compressed(Plan((), {}), Goal(keep=0.2), Searched((one,), (), one.standing), verdict, cost)
+
+    assert made(200).met and not made(201).met
+    assert made(212).missed == ("212 bytes held, 21.2% of the cache, above 20.0%",)
+
+
+def test_heads_are_spared_as_far_as_windows_reach():
+    """A head that sees a window only costs no more than that, and the whole cache is less."""
+    gates = [(layer, head, 1 - 0.1 * layer - 0.01 * head) for layer in range(4) for head in range(2)]
+    lengths = [100, 1000, 100, 1000]
+    found = spared_heads(gates, 0.3, 1000, 50, lengths)
+    assert [gate[:2] for gate in found] == [(0, 0), (0, 1)]
+    found = spared_heads(gates, 0.5, 1000, 50, lengths)
+    assert [gate[:2] for gate in found] == [(0, 0), (0, 1), (1, 0)]
+    # 2 x 2 heads of 100 and 2 x 2 of 1000 are 4,400; all keep 50
+    assert 2 * 100 + 1000 + 5 * 50 <= 0.5 / 1.05 * 4400 < 2 * 100 + 2 * 1000 + 4 * 50
+    with pytest.raises(BadInput, match=r"the least is 9\.6%"):
+        spared_heads(gates, 0.05, 1000, 50, lengths)
+
+
 KEEPS = Family("streaming", lambda share: (Streaming(foveate.Budget(share, every=0)),))
 
 
@@ -341,6 +451,14 @@ def test_the_smallest_cache_that_meets_a_quality_is_found():
     found = search(None, None, exam, GOAL, [KEEPS], None)
     assert found.candidates[0].asked == 0.2
     assert [c.asked for c in found.candidates if c.standing.missed(GOAL)]
+
+
+def test_a_probe_that_the_full_cache_fails_is_no_target(monkeypatch):
+    monkeypatch.setitem(FULL, "passkey", 0.0)
+    with pytest.raises(BadInput, match=r"--quality passkey: the full cache itself recalls none of 1.*another probe"):
+        search(None, None, Fixed(lambda keep: (1.0, 0.0)), GOAL, [KEEPS], None)
+    # it may be looked at where it is none
+    search(None, None, Fixed(lambda keep: (1.0, 0.0)), Goal(keep=0.2), [KEEPS], 0.2)
 
 
 def test_a_family_that_cannot_hold_a_share_is_told():
@@ -352,6 +470,40 @@ def test_a_family_that_cannot_hold_a_share_is_told():
     assert found.impossible == (("other", "too small"),) and len(found.candidates) == 1
     with pytest.raises(BadInput, match="nothing can be proposed"):
         search(None, None, exam, Goal(keep=0.2), [Family("other", refuses)], 0.2)
+
+
+def test_reasons_are_told_in_few_words():
+    def refuses(why):
+        def at(share):
+            raise BadInput(why)
+
+        return at
+
+    row = [
+        Family(n, refuses(why), least)
+        for n, why, least in (
+            ("a", "too small", 0.31415),
+            ("b", "b has no room", None),
+            ("c", "too small", 0.5),
+            ("d", "no", 1.5),
+            ("e", "never", None),
+        )
+    ]
+    exam, start = Fixed(lambda keep: (1.0, 0.8)), "nothing can be proposed: a and 1 more: too small; b has no room; "
+    for kinds, goal, share, says in (
+        (row, Goal(keep=0.2), 0.2, "and 2 more like these. The least that is known to hold is a: give --keep 0.315 or"),
+        (
+            row,
+            Goal(bytes="20kB"),
+            0.2,
+            "and 2 more like these. The least that is known to hold is a: give --bytes 32kB",
+        ),
+        (row[:2], GOAL, None, "nothing can be proposed: a: too small; b has no room. Plan for longer texts"),
+        (row[3:], Goal(keep=0.2), 0.2, "nothing can be proposed: d: no; e: never. Allow a larger cache, or name"),
+    ):
+        with pytest.raises(BadInput) as told:
+            search(None, None, exam, goal, kinds, share)
+        assert says in str(told.value) and (kinds != row or str(told.value).startswith(start))
 
 
 def test_one_that_fails_the_proof_is_followed_by_a_larger_one():
@@ -421,7 +573,7 @@ def test_what_is_fitted_has_not_read_what_it_is_judged_on(folder, text, tmp_path
         return MixedBits()
 
     monkeypatch.setattr(MixedBits, "fit", fit)
-    done = compress(folder, text, tmp_path / "made", "--keep", 0.3, policy="mixed_bits")
+    done = compress(folder, text, tmp_path / "made", "--keep", 0.5, policy="mixed_bits")
     assert done.returncode == 0, done.stderr
     whole = text.read_text()
     assert set(read) == {whole[: len(whole) // 2]}
@@ -501,7 +653,7 @@ def test_a_target_that_nothing_meets(folder, text, tmp_path, monkeypatch):
         (["--quality", "paskey=0.9"], "passkey"),
         (["--keep", "0.3", "--probe", "paskey"], "passkey"),
         (["--keep", "0.3", "--policy", "merge_dropped"], "only says what dropped entries leave behind"),
-        (["--keep", "0.001"], "nothing can be proposed"),
+        (["--keep", "0.001"], "The least that is known to hold is streaming: give --keep 0.093 or more"),
         (["--bytes", "900MB"], "fits already"),
     ],
 )
@@ -522,6 +674,43 @@ def test_numbers_and_texts_that_cannot_be(folder, text, tmp_path):
     file.write_text("")
     done = compress(folder, text, file, "--keep", 0.3)
     assert done.returncode == 2 and "is a file, not a folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("llama", {"max_position_embeddings": 383}, "reads 383 tokens, too few to plan for"),
+        ("llama", {"max_position_embeddings": 384}, "--tokens 640: LlamaForCausalLM reads 384; plan for at most 128"),
+        ("bert", {"max_position_embeddings": 2048}, "BertModel is no causal language model"),
+        ("t5", {}, "T5ForConditionalGeneration is no causal language model"),
+    ],
+)
+def test_models_that_cannot_be(name, more, says, text, tmp_path):
+    tiny.model(name, **more).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    done = compress(tmp_path / "model", text, tmp_path / "made", "--keep", 0.3)
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "made").exists()
+
+
+# heads are measured on passkeys and key-value pairs, whatever is judged by
+@pytest.mark.parametrize(
+    ("asked", "tokens", "probe"),
+    [((), 200, "passkey"), (("--probe", "needles"), 300, "needles"), ((), 300, "key_value")],
+)
+def test_a_length_that_is_too_short_is_told_before_anything_is_measured(
+    folder, text, tmp_path, monkeypatch, asked, tokens, probe
+):
+    monkeypatch.setattr(compressing, "answer_mass", lambda *_: pytest.fail("measured"))
+    done = compress(folder, text, tmp_path / "made", "--keep", 0.3, *asked, tokens=tokens)
+    assert done.returncode == 2
+    assert f"--tokens {tokens}, probe {probe}: length={tokens} is too short" in done.stderr
+
+
+def test_nothing_is_searched_for_where_nothing_can_be_written(folder, text, monkeypatch):
+    monkeypatch.setattr(compressing, "answer_mass", lambda *_: pytest.fail("measured"))
+    done = compress(folder, text, "/proc", "--keep", 0.3)
+    assert done.returncode == 2 and "--out /proc: nothing can be written there (" in done.stderr
 
 
 def test_how_much_is_kept_is_told_where_something_goes(folder):

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DummyLayer, DynamicCache
 
 import foveate
-from foveate.compress import PartRemoval, RetrievalHeads, Streaming
+from foveate.compress import MixedBits, PartRemoval, RetrievalHeads, Streaming
 from foveate.compress.prune import _greedy
 from foveate.core import removing
 from foveate.core.attach import attach, attention_layers
@@ -251,6 +251,19 @@ def test_policies_name_layers_as_the_whole_model_counts_them() -> None:
         pass
 
 
+def test_bits_of_layers_are_those_of_the_whole_model() -> None:
+    model = tiny.model("llama", num_hidden_layers=4)
+    policy = MixedBits(keys=(3,), values=(3,))
+    with attach(model, PartRemoval(attention=(0,)), policy), torch.no_grad():
+        cache = model(**SMALL).past_key_values
+        held = {n: c.bytes_held() for n, c in enumerate(cache.layers) if not isinstance(c, DummyLayer)}
+    assert held[1] == held[2] < held[3] and set(held) == {1, 2, 3}
+    # of layers that are gone nothing need be said
+    with attach(model, PartRemoval(attention=(0,)), MixedBits(keys=(0,))) as attached, torch.no_grad():
+        model(**SMALL)
+        assert attached.bytes_held() == 3 * held[1]
+
+
 def test_a_policy_that_keeps_everything_changes_nothing() -> None:
     model, ids = tiny.model("llama"), SMALL["input_ids"]
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -392,6 +405,8 @@ def test_the_last_attention_is_never_taken_out() -> None:
     ):
         with pytest.raises(BadInput, match=says):
             PartRemoval.fit(model, ids, **more)
+    with pytest.raises(BadInput, match=r"attention in one layer only.*let feed_forward parts go"):
+        PartRemoval.fit(tiny.model("llama", num_hidden_layers=1), ids, count=1, among=("attention",))
     with pytest.raises(BadInput, match="token ids"):
         PartRemoval.fit(model, [ids.float()], count=1)
     with pytest.raises(NotSupported, match="BertModel has no attention"):

@@ -309,7 +309,7 @@ def test_an_interrupted_run_goes_on(folder, text, tmp_path, monkeypatch):
         ([], {"samples": 1}, "--samples 1"),
         ([], {"pieces": 0}, "--pieces 0"),
         ([], {"tokens": 64}, "--tokens 64"),
-        ([], {"tokens": 256}, "length=256 is too short"),
+        ([], {"tokens": 256}, "--tokens 256, probe key_value: length=256 is too short"),
         ([], {"tokens": 1900}, "reads 2048; give at most 1792"),
         ([], {"pieces": 4}, "too few to choose on one half and prove on the other"),
     ],
@@ -326,6 +326,17 @@ def test_where_nothing_can_be_written(folder, text, tmp_path):
     file.write_text("")
     done = command(folder, text, file)
     assert done.returncode == 2 and "is a file, not a folder" in done.stderr
+    done = command(folder, text, "/proc")
+    assert done.returncode == 2 and "--out /proc: nothing can be written there (" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_command_that_fails_at_once_leaves_no_folder(folder, text, tmp_path):
+    done = command(folder, text, tmp_path / "deep" / "made", "--measure", "angel")
+    assert done.returncode == 2 and not (tmp_path / "deep").exists()
+    (tmp_path / "made").mkdir()
+    assert command(folder, text, tmp_path / "made", "--measure", "angel").returncode == 2
+    assert not list((tmp_path / "made").iterdir())
 
 
 @pytest.mark.parametrize(("name", "says"), [("bert", "has no attention that can be told"), ("t5", "a decoder alone")])

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ import foveate
 from foveate.compress import ExpectedAttention, HeavyHitters, KeyNorm, MergeDropped, Pages, Quantised, Streaming
 from foveate.core import branches
 from foveate.core.branches import Whole, branch, bytes_held, joined, model_bytes
-from foveate.core.cache import ragged_layers
+from foveate.core.cache import own_bytes, ragged_layers
 from foveate.core.errors import BadInput
 from foveate.probe import Passkey, run
 from foveate.probe.ledger import Ledger
-from foveate.probe.trials import FULL, continuations, trials
+from foveate.probe.trials import EACH, FULL, IN_MEMORY, at_once, continuations, trials
 from foveate.testing import tiny
 
 FEW = foveate.Budget(12, sinks=2, recent=3, every=0)
@@ -130,11 +131,14 @@ def test_two_of_a_kind_are_refused_in_a_branch(llama):
         branch(llama, ids(), [(HeavyHitters(FEW), Streaming(FEW))])
 
 
-def test_bytes_of_the_models_own_cache(llama):
-    made = branch(llama, ids(), [])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_bytes_of_the_models_own_cache(family):
+    net = tiny.model(family)
+    made = branch(net, ids(), [])
     with torch.no_grad():
-        own = llama(input_ids=ids(), use_cache=True).past_key_values
-    assert model_bytes(made.full) == sum(layer.keys.nbytes + layer.values.nbytes for layer in own.layers)
+        own = net(input_ids=ids(), use_cache=True).past_key_values
+    # a window is a view of the whole text there
+    assert model_bytes(made.full) == sum((layer.keys.numel() + layer.values.numel()) * 4 for layer in own.layers)
 
 
 # ---------------------------------------------------------------- trials
@@ -198,6 +202,48 @@ def test_an_interrupted_trial_goes_on(llama, tokenizer, tmp_path, monkeypatch):
     more = trials(llama, tokenizer, TASK, {**SETTINGS, "new": (Streaming(FEW),)}, 4, file=file)
     assert calls[5:] == [1] * 4 and {n: more[n] for n in found} == found
     assert trials(llama, tokenizer, TASK, SETTINGS, 4) == found
+
+
+def test_caches_that_do_not_fit_at_once_are_filled_in_turn(llama, tokenizer, tmp_path, monkeypatch):
+    want, calls = trials(llama, tokenizer, TASK, SETTINGS, 2), []
+
+    def counted(model, prompt, settings, *beside):
+        calls.append(len(settings))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return branch(model, prompt, settings, *beside)
+
+    monkeypatch.setattr("foveate.probe.trials.branch", counted)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * EACH / IN_MEMORY * whole))
+    whole = own_bytes(llama, at_question(tokenizer))
+    assert at_once(llama, at_question(tokenizer)) == 2
+    with pytest.raises(KeyboardInterrupt):
+        trials(llama, tokenizer, TASK, SETTINGS, 2, file=tmp_path / "so far.jsonl")
+    # what was done of a prompt is not done again
+    assert trials(llama, tokenizer, TASK, SETTINGS, 2, file=tmp_path / "so far.jsonl") == want
+    assert calls == [1, 2, 1, 1, 1, 2, 1]
+
+
+def at_question(tokenizer):
+    return TASK.samples(tokenizer, 1, 0)[0].question_start
+
+
+def test_results_in_other_circumstances_are_others(llama, tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "so far.jsonl"
+    settings = {"packed": (Quantised(),)}
+    whole = trials(llama, tokenizer, TASK, settings, 1, file=file)
+    half = trials(tiny.model("llama", max_position_embeddings=1024).bfloat16(), tokenizer, TASK, settings, 1, file=file)
+    assert half["packed"].share > 1.5 * whole["packed"].share
+    lines = len(file.read_text().splitlines())
+    other = tiny.tokenizer()
+    other.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %} "
+    changes = [lambda: monkeypatch.setattr(foveate, "__version__", "another"), lambda: None]
+    for chosen, change in zip((tokenizer, other), changes, strict=True):
+        change()
+        trials(llama, chosen, TASK, settings, 1, file=file)
+        assert len(file.read_text().splitlines()) == (lines := lines + 2)
+    trials(llama, other, TASK, settings, 1, file=file)
+    assert len(file.read_text().splitlines()) == lines
 
 
 def test_a_run_goes_on_as_well(llama, tokenizer, tmp_path, monkeypatch):

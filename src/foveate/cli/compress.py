@@ -101,7 +101,7 @@ def command(
     if not found.met:
         print(
             f"foveate: nothing that was tried meets the goal; {name} comes nearest "
-            f"({'; '.join(found.verdict.missed)}). "
+            f"({'; '.join(found.missed)}). "
             "Lower the target, or name other policies with --policy",
             file=sys.stderr,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
-from foveate.core.cache import RaggedLayer, adopt, ragged_layers
+from foveate.core.cache import RaggedLayer, adopt, own_length, ragged_layers
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Mechanism, Policy
 from foveate.core.policy import Policies
@@ -113,6 +113,7 @@ def filled(mine: RaggedLayer, theirs: Sequence[RaggedLayer]) -> None:
     mine.dtype, mine.device, mine.is_initialized = theirs[0].dtype, theirs[0].device, True
     mine.store = Ragged.joined(stores)
     mine.seen, mine.real = theirs[0].seen, torch.cat([one.real for one in theirs])
+    mine.faded = max(one.faded for one in theirs)
 
 
 def bytes_held(cache: DynamicCache) -> int:
@@ -127,5 +128,5 @@ def model_bytes(cache: DynamicCache) -> int:
         if layer.store is not None:
             batch, heads = layer.store.start.shape
             width = layer.store.keys.shape[1] + layer.store.values.shape[1]
-            total += batch * heads * layer.seen * width * layer.store.keys.dtype.itemsize
+            total += batch * heads * own_length(layer.window, layer.seen) * width * layer.store.keys.dtype.itemsize
     return total

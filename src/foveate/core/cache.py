@@ -8,6 +8,7 @@ prompt's keys that are not kept are never stored, and a call that fails leaves t
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,9 +26,29 @@ from transformers.cache_utils import (
 
 from foveate.core.errors import NotSupported
 from foveate.core.mask import Mask
-from foveate.core.ragged import Ragged, Store
+from foveate.core.ragged import EMPTY, Ragged, Store
 
-__all__ = ["RaggedLayer", "adopt", "ragged_layers"]
+__all__ = ["Entry", "RaggedLayer", "adopt", "entries_of", "lengths", "own_bytes", "own_length", "ragged_layers"]
+
+# tokens that leave a window together
+TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a layer of a model keeps of each token.
+
+    Args:
+        heads: KV heads.
+        key: Numbers of a key.
+        value: Numbers of a value.
+        window: How many tokens a query sees at most; None: all.
+    """
+
+    heads: int
+    key: int
+    value: int
+    window: int | None
 
 
 class Watched:
@@ -64,13 +85,15 @@ class RaggedLayer(CacheLayerMixin):
     """One layer of a cache whose heads may hold different tokens.
 
     Args:
-        sliding: Whether the layer's attention has a sliding window (transformers asks).
+        window: How many tokens a query sees at most, itself among them; None: all.
         owner: Weak reference to the attachment that reads it.
     """
 
-    def __init__(self, sliding: bool = False, owner: Any = None) -> None:
+    def __init__(self, window: int | None = None, owner: Any = None) -> None:
         super().__init__()
-        self.is_sliding = sliding
+        # transformers asks
+        self.is_sliding = window is not None
+        self.window = window
         self.owner = owner
         self.reset()
 
@@ -84,6 +107,8 @@ class RaggedLayer(CacheLayerMixin):
         self.waiting: Any = None
         self.watched = Watched()
         self.since = 0
+        # below which position entries have left the window, and whether none may, for tokens that are taken back
+        self.faded, self.recording = 0, False
         # what a policy that chooses what is read keeps between two tokens, [batch, ...]
         self.state: dict[str, Tensor] = {}
         self.is_initialized = False
@@ -127,11 +152,20 @@ class RaggedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens; what a policy has dropped before does not come back."""
+        """Forgets the last tokens; what a policy has dropped before does not come back.
+
+        Raises:
+            NotSupported: tokens that would then be in the window have left it.
+        """
         self.settle()
         gone = abs(tokens_to_remove)
         if gone == 0 or self.store is None:
             return
+        if self.window is not None and self.faded > max(0, self.seen - gone + 1 - self.window):
+            raise NotSupported(
+                f"{gone} tokens cannot be taken back: the sliding window of {self.window} has moved on, and what left "
+                "it is gone; call activate_past_recording() of the cache before these tokens"
+            )
         self.seen -= gone
         if self.real is not None:
             self.real = (self.real - gone).clamp_min(0)
@@ -163,6 +197,10 @@ class RaggedLayer(CacheLayerMixin):
     def offload(self) -> None:
         raise NotSupported("a cache under a KV policy cannot be offloaded; leave `offloading` off")
 
+    def activate_past_recording(self) -> None:
+        """Keeps what leaves the window from now on, for a caller who takes tokens back with `crop`."""
+        self.recording = True
+
     # ---------------------------------------------------------------- what attention does with it
 
     @property
@@ -178,6 +216,31 @@ class RaggedLayer(CacheLayerMixin):
             + self.watched.bytes_held()
             + sum(t.untyped_storage().nbytes() for t in extra)
         )
+
+    @property
+    def horizon(self) -> int:
+        """The first position that the token after those seen can look at."""
+        return 0 if self.window is None or self.recording else max(0, self.seen + 1 - self.window)
+
+    def in_sight(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """How many of so many tokens the window covers."""
+        return tokens if self.window is None else tokens.clamp_max(self.window)
+
+    def out_of_sight(
+        self, position: Int[Tensor, "batch kv_heads entry"], sinks: int
+    ) -> Bool[Tensor, "batch kv_heads entry"]:
+        """Entries that no later token sees; the first ones stay, by which policies tell where a text begins."""
+        return (position < self.horizon) & ((position != EMPTY).cumsum(-1) > sinks)
+
+    def fade(self, sinks: int = 0) -> None:
+        """Drops entries that have left the window, some at a time."""
+        assert self.store is not None
+        if self.window is None or self.horizon - self.faded < max(1, min(TOGETHER, self.window // 8)):
+            return
+        self.faded = self.horizon
+        position = self.store.positions()
+        self.store = self.store.select((position != EMPTY) & ~self.out_of_sight(position, sinks))
+        self.state.clear()
 
     def counted(self, valid: Bool[Tensor, "batch new"] | None) -> Int[Tensor, " batch"]:
         """How many real tokens each row has, with those that came with the call."""
@@ -254,13 +317,42 @@ def ragged_layers(cache: Any) -> list[RaggedLayer]:
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RaggedLayer)]
 
 
+def own_length(window: int | None, tokens: int) -> int:
+    """How many of so many tokens transformers' own cache holds between two calls where queries see a window."""
+    return tokens if window is None else min(tokens, window - 1)
+
+
+@torch.no_grad()
+def entries_of(model: Any) -> list[Entry]:
+    """What each layer that has a cache keeps of a token, by asking the model."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    return [
+        Entry(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None))
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and layer.is_initialized
+    ]
+
+
+def lengths(model: Any, tokens: int) -> list[int]:
+    """How many of so many tokens each layer of the model's own cache holds between two calls."""
+    return [own_length(e.window, tokens) for e in entries_of(model)]
+
+
+def own_bytes(model: Any, tokens: int) -> int:
+    """Bytes of the model's own cache of one text, between two calls."""
+    numbers = sum(e.heads * (e.key + e.value) * own_length(e.window, tokens) for e in entries_of(model))
+    return numbers * model.dtype.itemsize
+
+
 def converted(layer: Any) -> RaggedLayer:
     """A dynamic layer's content as a ragged one; padding in it stays, the mask hides it."""
-    made = RaggedLayer(sliding=layer.is_sliding)
+    made = RaggedLayer(getattr(layer, "sliding_window", None))
     if layer.is_initialized and layer.keys is not None and layer.keys.numel():
         made.lazy_initialization(layer.keys, layer.values)
         held = layer.keys.shape[2]
         made.seen = layer.get_seq_length()
+        made.faded, made.recording = made.seen - held, getattr(layer, "record_past", False)
         keep = torch.ones(layer.keys.shape[:3], dtype=torch.bool, device=layer.keys.device)
         score = torch.zeros(keep.shape, device=keep.device)
         made.store = Ragged.of_call(layer.keys, layer.values, keep, score, made.seen - held)

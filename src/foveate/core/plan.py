@@ -15,14 +15,25 @@ from typing import Any
 import torch
 
 from foveate.core.attach import Attached, attach
-from foveate.core.errors import BadInput, NothingObserved
+from foveate.core.errors import BadInput, FoveateError, NothingObserved
 from foveate.core.mechanism import Mechanism, PromptEdit, Pruner
 from foveate.core.places import Span, placed
 from foveate.core.written import read, written
 
 __all__ = ["Applied", "Plan", "apply", "fingerprint"]
 
-FORMAT = "foveate plan 1"
+FORMAT = "foveate plan 2"
+# of the weights, so many numbers of each, evenly spread
+SAMPLED = 16
+SETTINGS = (
+    "attn_logit_softcapping",
+    "layer_types",
+    "no_rope_layers",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "rope_parameters",
+    "sliding_window",
+)
 SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
 LASTING = "_foveate_applied"
 WRITERS = "`foveate steer`, `compress` or `prune`"
@@ -119,10 +130,10 @@ class Plan:
             mechanisms = tuple(read(m) for m in found["mechanisms"])
             evidence, part = dict(found.get("evidence", {})), str(found.get("part", ""))
             return cls(mechanisms, dict(found["model"]), evidence, part, found.get("index"))
-        except (KeyError, TypeError) as e:
-            if isinstance(e, TypeError) or e.args[0] in ("mechanisms", "model", "name", "parameters"):
-                raise BadInput(f"{path}: a part of the plan is missing or of another form ({e})") from None
+        except FoveateError:
             raise
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise BadInput(f"{path}: a part of the plan is missing or of another form ({e})") from None
 
     def check(self, model: Any) -> None:
         """Raises `BadInput` unless the plan is for this model."""
@@ -162,19 +173,24 @@ class Plan:
 
 @torch.no_grad()
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells a model from others: its kind, its sizes, and a digest of a few of its weights.
+    """What tells a model from others: its kind, its sizes, and digests of how it attends and of all its weights.
 
-    Weights are compared as bfloat16, so that the precision in which a model was loaded makes no difference.
+    A few numbers of every weight are compared, as bfloat16, so that the precision in which a model was loaded makes no
+    difference.
     """
     config = model.config.get_text_config()
     sizes = {k: getattr(config, k, None) for k in SIZES}
-    weights = [p for p in model.parameters() if p.ndim == 2]
-    digest = hashlib.sha256()
-    for p in (weights[0], weights[len(weights) // 2], weights[-1]):
-        corner = p[:16, :16].detach().to("cpu", torch.bfloat16).float()
-        digest.update(corner.numpy().tobytes())
+    weights, settings = hashlib.sha256(), hashlib.sha256()
+    for p in model.parameters():
+        some = p.detach().flatten()[:: max(1, p.numel() // SAMPLED)]
+        weights.update(some.to("cpu", torch.bfloat16).float().numpy().tobytes())
+    settings.update(json.dumps([getattr(config, k, None) for k in SETTINGS], sort_keys=True, default=str).encode())
     kind = getattr(model.config, "model_type", type(model).__name__)
-    return {"kind": kind} | {k: v for k, v in sizes.items() if v is not None} | {"weights": digest.hexdigest()[:16]}
+    return (
+        {"kind": kind}
+        | {k: v for k, v in sizes.items() if v is not None}
+        | {"attention": settings.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+    )
 
 
 # ---------------------------------------------------------------- for good
@@ -208,7 +224,9 @@ class Applied:
                 f"the parts that {pruners} took out of {type(self.model).__name__} are gone, so this plan cannot be "
                 "taken off; load the model again"
             )
-        self.model.__dict__.pop(LASTING, None)
+        # taken off before, the model may have another plan by now
+        if self.model.__dict__.get(LASTING) is self:
+            del self.model.__dict__[LASTING]
         # a plan may be taken off unused
         with suppress(NothingObserved):
             self.stack.close()

@@ -17,7 +17,7 @@ from foveate.core.card import Needs
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mask import Mask
 from foveate.core.mechanism import Tilt
-from foveate.core.ragged import EMPTY, SIDES, Ragged
+from foveate.core.ragged import EMPTY, ENTRY_BYTES, SIDES, Ragged
 from foveate.core.reductions import Last
 from foveate.core.rows import Rows, View, attend
 
@@ -234,7 +234,7 @@ def chosen(
     if policy is None or view.queries > 1 or policy.limits.whole:
         return None
     layer = layers[at]
-    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view, policies, at))
+    room = policy.counts(layer.in_sight(layer.real), at, len(layers), view.kv_heads, entry_bytes(view, policies, at))
     only = policy.read(Reading(view, mask, layers, at, room, policy.limits))
     if only is None:
         return None
@@ -268,6 +268,7 @@ def compress(
     store = None if policies.store is None else partial(policies.store.store, layer=at)
     if policy is None or (budget.whole and rows is None):
         layer.settle(mask.valid, store)
+        layer.fade(budget.sinks if policy else 0)
         return
     if rows is None:
         layer.since += view.queries
@@ -275,6 +276,8 @@ def compress(
         if reads_rows(policy) and (due or budget.every > 0):
             layer.watched.add(view.q, mask)
         if not due:
+            if not budget.every:
+                layer.fade(budget.sinks)
             return
     real = layer.counted(mask.valid) if rows is not None else layer.real
     share = partial(
@@ -284,16 +287,23 @@ def compress(
         kv_heads=view.kv_heads,
         entry_bytes=entry_bytes(view, policies, at),
     )
-    counts = share(real + budget.waiting) - budget.waiting
+    later = layer.in_sight(real + budget.waiting)
+    counts = share(later)
+    everything, counts = counts >= later[:, None], counts - budget.waiting
     held = of_call(layer, rows, counts) if rows is not None else of_store(layer, view, mask, policy, counts)
     score = torch.zeros_like(held.before) if budget.whole else scored(policy, held)
+    if layer.horizon:
+        left = layer.out_of_sight(held.position, budget.sinks)
+        held = replace(held, position=held.position.masked_fill(left, EMPTY))
+        layer.faded = layer.horizon
+    counts = torch.where(everything, held.there.sum(-1), counts)
     pinned = budget.pinned(held.there) | policy.pinned(held)
     ranked = score.masked_fill(pinned, torch.finfo(score.dtype).max)
     ranked = ranked.masked_fill(~held.there, -torch.inf)
     if budget.heads == "layer":
         counts = budget.compete(ranked, counts)
     elif budget.heads == "model":
-        layer.waiting = ranked, counts
+        layer.waiting = ranked_of(ranked, held.there), counts
         counts = held.there.sum(-1)
     spare = budget.every or None
     keep = best(ranked, counts)
@@ -330,6 +340,14 @@ def among_all(budget: Budget, layers: Sequence[RaggedLayer]) -> None:
         one.store = one.store.select(best(one.waiting[0], mine), budget.every or None)
         one.waiting = None
         one.state.clear()
+
+
+def ranked_of(
+    ranked: Float[Tensor, "batch kv_heads key"], there: Bool[Tensor, "batch kv_heads key"]
+) -> Float[Tensor, "batch kv_heads entry"]:
+    """Ranks in the order in which those that are there will be stored; -inf behind the last."""
+    order = there.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., : int(there.sum(-1).max())]
+    return ranked.gather(-1, order).masked_fill(~there.gather(-1, order), -torch.inf)
 
 
 def of_call(layer: RaggedLayer, rows: Rows, counts: Tensor) -> Held:
@@ -401,4 +419,4 @@ def entry_bytes(view: View, policies: Policies, layer: int) -> int:
         stored = sum(width * dtype.itemsize for width, dtype in rows)
     else:
         stored = sum(policies.store.row_bytes(*row, side, layer) for row, side in zip(rows, SIDES, strict=True))
-    return stored + (8 if policies.merge is None else 12)
+    return stored + ENTRY_BYTES + (0 if policies.merge is None else 4)

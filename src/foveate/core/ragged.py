@@ -21,9 +21,11 @@ from torch import Tensor
 from foveate.core import native
 from foveate.core.mask import Mask
 
-__all__ = ["EMPTY", "SIDES", "Packed", "Ragged", "Side", "Store", "numbers", "tensors_in"]
+__all__ = ["EMPTY", "ENTRY_BYTES", "SIDES", "Packed", "Ragged", "Side", "Store", "numbers", "tensors_in"]
 
 EMPTY = torch.iinfo(torch.int32).max
+# with each entry of a head its position and its score
+ENTRY_BYTES = 8
 # rows that the kernel takes at once without packing the whole flat list for each head
 KERNEL_ROWS = 96
 SPARE = 32

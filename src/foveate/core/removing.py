@@ -26,7 +26,7 @@ from foveate.core.hooks import blocks
 from foveate.core.landing import APART, apart, first, small_input
 from foveate.core.mechanism import Mechanism, Parts, Policy
 from foveate.core.params import bounds_of
-from foveate.core.places import Heads, Indices, Values, Vectors
+from foveate.core.places import Heads, Indices, Layers, Values, Vectors
 
 __all__ = [
     "KINDS",
@@ -387,6 +387,14 @@ def among_left(policy: Policy, gone: tuple[int, ...]) -> Policy:
                 raise BadInput(
                     f"{type(policy).__name__}({name}=…) names only heads of layers whose attention is gone; leave "
                     f"{name} out, or the layers' attention in"
+                )
+        elif isinstance(bounds, Indices) and bounds.what == "layer":
+            # what a form of storage says of a layer that has no cache is said of nothing
+            changed[name] = tuple(at for (at,) in left(tuple((at,) for at in value)))
+            if value and not changed[name] and not isinstance(bounds, Layers):
+                raise BadInput(
+                    f"{type(policy).__name__}({name}=…) names only layers whose attention is gone; leave {name} out, "
+                    "or their attention in"
                 )
     return dataclasses.replace(policy, **changed) if changed else policy
 

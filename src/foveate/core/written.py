@@ -39,7 +39,7 @@ def read(found: Any) -> Mechanism:
     """A mechanism from JSON, which may be of any form.
 
     Raises:
-        KeyError, TypeError: it is not of this one.
+        AttributeError, KeyError, TypeError, ValueError: it is not of this one.
         BadInput: a parameter that the mechanism has not.
         UnknownName: no mechanism is called so.
     """

@@ -148,7 +148,8 @@ def timed(model: Any, ids: torch.Tensor, mechanisms: Sequence[Mechanism]) -> tup
     """Seconds of a prompt, and of a decoded token."""
     with attach(model, *mechanisms, trial=False) if mechanisms else nullcontext():
         begun = time.perf_counter()
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        # logits of a whole prompt would take more memory than the model, and time of their own
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         between = time.perf_counter()
         for _ in range(4):
             cache = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values

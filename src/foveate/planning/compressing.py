@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -13,24 +13,34 @@ from typing import Any
 import torch
 
 from foveate.core.attach import attach
-from foveate.core.errors import BadInput
+from foveate.core.cache import entries_of, lengths, own_bytes
+from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Policy
 from foveate.core.places import Value as Gate
-from foveate.core.plan import Plan, fingerprint, read, written
-from foveate.core.ragged import SIDES
+from foveate.core.plan import Plan, read, written
+from foveate.core.ragged import ENTRY_BYTES, SIDES
 from foveate.finding.reporting import Spread, spread, timed
 from foveate.planning.examining import Exam, Tell, split
 from foveate.planning.goals import PERPLEXITY, PROBES, Goal
 from foveate.planning.heads import answer_mass
 from foveate.planning.proposals import families, fitted
 from foveate.planning.searching import Searched, Verdict, prove, search
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
+from foveate.probe.run import fits
+from foveate.probe.sample import Task
+from foveate.probe.text import tokenised
 
-__all__ = ["Compressed", "Cost", "compress", "task"]
+__all__ = ["Compressed", "Cost", "askable", "compress", "task"]
 
 SEARCH, PROOF, MEASURED = 0, 1, 2
 """Seeds of the prompts that are searched on, proved on, and that heads are measured on."""
 SEARCH_COUNT = 16
+HEADS_COUNT = 8
+ON_HEADS = 768
+"""Longest prompts that heads are measured on."""
+LEAST_TOKENS = 128
+ROOM = 256
+"""Tokens behind the texts that are planned for: answers, and what is predicted."""
 REPEATS = 5
 
 
@@ -78,7 +88,17 @@ class Compressed:
     @property
     def met(self) -> bool:
         """Whether the goal was met."""
-        return not self.verdict.missed
+        return not self.missed
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """What the plan misses of the goal, in words."""
+        cost = self.cost
+        share = self.goal.share(cost.bytes_before, cost.tokens)
+        if share is None or cost.bytes_after <= share * cost.bytes_before:
+            return self.verdict.missed
+        held = f"{cost.bytes_after:,} bytes held, {cost.bytes_after / cost.bytes_before:.1%} of the cache"
+        return (*self.verdict.missed, f"{held}, above {share:.1%}")
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -132,26 +152,29 @@ def compress(
         tell: Called with what is done, how much of it, and how much there is.
 
     Raises:
-        BadInput: a text too short to hold some out, a length that the model cannot read, a goal that is met by the full
-            cache or by nothing that could be proposed.
+        BadInput: a text too short to hold some out, a length that the model cannot read or that has no room for a
+            probe, a goal that is met by the full cache or by nothing that could be proposed.
+        NotSupported: the model is no causal language model.
     """
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and tokens > most - 256:
-        raise BadInput(f"--tokens {tokens}: {type(model).__name__} reads {most}; plan for at most {most - 256}")
+    readable(model, tokens)
     with TemporaryDirectory() as folder:
         # what one share measured another one takes from the file, also where nobody wants to keep it
         file = file or Path(folder) / "results.jsonl"
         probes = [*dict.fromkeys([*probes, *(n for n, _ in goal.quality if n != PERPLEXITY)])]
         tasks = {one: task(one, tokens) for one in probes}
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        searched_on, held_out = split(ids, tokens)
+        # a length that cannot be is told before anything is measured
+        askable(model, tokenizer, tasks, tokens, (min(count, SEARCH_COUNT), SEARCH), (count, PROOF))
+        if tokens <= ON_HEADS:
+            askable(model, tokenizer, on_heads(tokens), tokens, (HEADS_COUNT, MEASURED))
+        ids, front = tokenised(tokenizer, text)
+        searched_on, held_out = split(ids, tokens, front)
         # what a policy's own fit reads must not be what it is judged on either
         half = tokenizer.decode(ids[: len(ids) // 2])
         before, per_head = cache_bytes(model, tokens)
         share = goal.share(before, tokens)
-        gates = heads_of(model, tokenizer, min(tokens, 768), file, tell)
-        fits = cache(partial(fit, model, tokenizer, half, tokens, len(gates), file, tell=tell))
-        parts = families(policies, gates, tokens, per_head, fits)
+        gates = heads_of(model, tokenizer, min(tokens, ON_HEADS), file, tell)
+        fitting = cache(partial(fit, model, tokenizer, half, tokens, len(gates), file, tell=tell))
+        parts = families(policies, gates, tokens, per_head, fitting, lengths(model, tokens))
         first = Exam(tasks, searched_on, min(count, SEARCH_COUNT), SEARCH, unseen)
         found = search(model, tokenizer, first, goal, parts, share, file, tell)
         proof = Exam(tasks, held_out, count, PROOF, unseen)
@@ -169,17 +192,55 @@ def compress(
         return Compressed(plan, goal, found, verdict, cost)
 
 
+def readable(model: Any, tokens: int) -> None:
+    """Raises for a model whose cache cannot be planned, or not for texts so long."""
+    name = type(model).__name__
+    if not getattr(model, "can_generate", lambda: False)() or getattr(model.config, "is_encoder_decoder", False):
+        raise NotSupported(f"{name} is no causal language model, so no cache of it can be planned; give one that is")
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is None or tokens <= most - ROOM:
+        return
+    if most < LEAST_TOKENS + ROOM:
+        raise BadInput(
+            f"{name} reads {most} tokens, too few to plan for: texts take at least {LEAST_TOKENS}, and what comes "
+            f"behind them {ROOM}; give a model that reads {LEAST_TOKENS + ROOM} or more"
+        )
+    raise BadInput(f"--tokens {tokens}: {name} reads {most}; plan for at most {most - ROOM}")
+
+
+def askable(model: Any, tokenizer: Any, tasks: Mapping[str, Task], tokens: int, *asked: tuple[int, int]) -> None:
+    """Raises `BadInput` for the first probe that has no prompts of the length that was asked for.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        tasks: Probes by name.
+        tokens: Their length.
+        asked: How many prompts, and their seed.
+    """
+    for name, one in tasks.items():
+        for count, seed in asked:
+            try:
+                fits(model, one.samples(tokenizer, count, seed))
+            except BadInput as e:
+                raise BadInput(f"--tokens {tokens}, probe {name}: {e}") from None
+
+
+def on_heads(tokens: int) -> dict[str, Task]:
+    """The probes that heads are measured on."""
+    return {name: task(name, tokens) for name in PROBES[:2]}
+
+
 def heads_of(model: Any, tokenizer: Any, tokens: int, file: Path | None, tell: Tell | None) -> tuple[Gate, ...]:
     """How much each KV head finds answers, measured once."""
-    ledger, key = Ledger(file), Ledger.key("answer_mass", fingerprint(model), tokens)
+    ledger, key = Ledger(file), Ledger.key("answer_mass", circumstances(model, tokenizer), tokens)
     if key not in ledger:
-        tasks = task("passkey", tokens), task("key_value", tokens)
 
         def progress(done: int, of: int) -> None:
             if tell:
                 tell("heads", done, of)
 
-        ledger.add(key, answer_mass(model, tokenizer, tasks, 8, MEASURED, progress))
+        ledger.add(key, answer_mass(model, tokenizer, [*on_heads(tokens).values()], HEADS_COUNT, MEASURED, progress))
     return tuple((int(layer), int(head), float(gate)) for layer, head, gate in ledger[key])
 
 
@@ -200,7 +261,7 @@ def fit(
         if tell:
             tell(name, done, of)
 
-    ledger, key = Ledger(file), Ledger.key("fit", fingerprint(model), text, tokens, name, share)
+    ledger, key = Ledger(file), Ledger.key("fit", circumstances(model, tokenizer), text, tokens, name, share)
     if key not in ledger:
         ledger.add(key, written(fitted(name, model, tokenizer, text, tokens, share, kv_heads, file, progress)))
     policy = read(ledger[key])
@@ -210,20 +271,16 @@ def fit(
 
 def cache_bytes(model: Any, tokens: int) -> tuple[int, Any]:
     """Bytes of the model's own cache of a text, and mean bytes of one entry of a head under a policy that stores."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    full = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    layers, size = entries_of(model), model.dtype.itemsize
 
     def per_head(store: Policy | None) -> float:
         if store is None:
-            return 2 * width * model.dtype.itemsize
-        layers = range(config.num_hidden_layers)
-        total = sum(store.row_bytes(width, model.dtype, side, layer) for side in SIDES for layer in layers)
-        # and with each entry its position and its score
-        return total / len(layers) + 8
+            return sum(one.key + one.value for one in layers) * size / len(layers)
+        widths = [(side, n, one.key if side == "keys" else one.value) for n, one in enumerate(layers) for side in SIDES]
+        total = sum(store.row_bytes(width, model.dtype, side, n) for side, n, width in widths)
+        return total / len(layers) + ENTRY_BYTES
 
-    return full, per_head
+    return own_bytes(model, tokens), per_head
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Standing:
         if what == PERPLEXITY:
             return self.perplexity.value
         full = self.full[what]
-        # where the full cache recalls nothing, nothing can be lost
+        # where the full cache recalls nothing, nothing can be lost; `missed` does not call that a target met
         return self.recall[what].value / full if full else 1.0
 
     def missed(self, goal: Goal) -> list[str]:
@@ -66,8 +66,12 @@ class Standing:
         words = []
         for what, target in goal.quality:
             got = self.reached(what)
-            if what == PERPLEXITY and got > target:
+            if what == PERPLEXITY and not math.isfinite(got):
+                words.append("perplexity is no number: the model's numbers overflow under it")
+            elif what == PERPLEXITY and got > target:
                 words.append(f"perplexity {got:.4f} x, above {target:g}")
+            elif what != PERPLEXITY and not self.full[what]:
+                words.append(f"{what}: the full cache itself recalls nothing, which no target can be a share of")
             elif what != PERPLEXITY and got < target:
                 words.append(f"{what} {got:.3f} of the full cache's recall, below {target:g}")
         return words
@@ -75,6 +79,8 @@ class Standing:
     @property
     def distance(self) -> float:
         """How far it is from the full cache: recall lost, mean over the probes, and perplexity gained."""
+        if not math.isfinite(self.perplexity.value):
+            return math.inf
         lost = [max(0.0, 1.0 - self.reached(name)) for name in self.recall]
         return sum(lost) / max(len(lost), 1) + max(0.0, self.perplexity.value - 1.0)
 
@@ -144,12 +150,15 @@ def ratio(losses: tuple[float, ...], full: tuple[float, ...]) -> Value:
     return Value(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
-def split(ids: list[int], tokens: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def split(
+    ids: list[int], tokens: int, front: Sequence[int] = ()
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Stretches of a text to search on and stretches to prove on; no token that is predicted is in both.
 
     Args:
         ids: The text.
         tokens: Tokens before those that are predicted.
+        front: What each stretch begins with; these are some of `tokens`.
 
     Raises:
         BadInput: the text is too short to hold some of it out.
@@ -163,12 +172,15 @@ def split(ids: list[int], tokens: int) -> tuple[tuple[tuple[int, ...], ...], tup
             f"the text has {len(ids):,} tokens, too few to search on one half and prove on the other with "
             f"--tokens {tokens:,}, which takes {2 * least:,}; {hint}"
         )
-    return stretches(ids[:half], tokens, SEARCH_STRETCHES), stretches(ids[half:], tokens, HELD_OUT_STRETCHES)
+    halves = (ids[:half], SEARCH_STRETCHES), (ids[half:], HELD_OUT_STRETCHES)
+    searched, held_out = (stretches(part, tokens, most, front) for part, most in halves)
+    return searched, held_out
 
 
-def stretches(ids: list[int], tokens: int, most: int) -> tuple[tuple[int, ...], ...]:
+def stretches(ids: list[int], tokens: int, most: int, front: Sequence[int] = ()) -> tuple[tuple[int, ...], ...]:
     """So many stretches, evenly spread; what is predicted in them does not overlap."""
+    tokens -= len(front)
     last = len(ids) - tokens - FOLLOW
     count = min(most, last // FOLLOW + 1)
     starts = [n * last // max(count - 1, 1) for n in range(count)]
-    return tuple(tuple(ids[a : a + tokens + FOLLOW]) for a in starts)
+    return tuple((*front, *ids[a : a + tokens + FOLLOW]) for a in starts)

@@ -20,15 +20,15 @@ from foveate.core.budget import Budget
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
 from foveate.core.places import Value
-from foveate.core.plan import fingerprint
+from foveate.core.ragged import ENTRY_BYTES
 from foveate.core.registry import find, make
 from foveate.core.written import read, written
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
 
 __all__ = ["OVERHEAD", "USUAL", "Family", "families", "named", "spared_heads", "sparing", "with_fit"]
 
-# positions, scores and spare slots that come with each entry that is held
-OVERHEAD = 1.05
+# spare slots, and with positions and scores all that comes with entries of 64 channels in float32
+SPARE, OVERHEAD = 1.034, 1.05
 USUAL = ("expected_attention", "key_diversity", "streaming", "quantised", "quantised:value_bits=4", "mixed_bits")
 """What is proposed when a user names nothing."""
 ELSEWHERE = (0.2, 0.5)
@@ -46,10 +46,12 @@ class Family:
     Args:
         name: What a reader calls it.
         at: The policies at a share of the model's own cache; raises `BadInput` where there are none.
+        least: The smallest share that it can hold; None: not known.
     """
 
     name: str
     at: Callable[[float], tuple[Policy, ...]]
+    least: float | None = None
 
 
 def named(specs: Sequence[str]) -> list[Policy]:
@@ -95,6 +97,7 @@ def families(
     tokens: int,
     head_bytes: Callable[[Policy | None], float],
     fit: Fit,
+    lengths: Sequence[int] = (),
 ) -> list[Family]:
     """What can be proposed with some policies.
 
@@ -104,13 +107,18 @@ def families(
         tokens: Length that is planned for.
         head_bytes: Bytes of one entry of one head under a policy that stores; None: as the model makes it.
         fit: Finds the parameters of a policy by name, for a share.
+        lengths: Tokens that each layer's own cache holds, where sliding windows leave some of them less.
     """
-    forms = {spec(policy): form(policy, head_bytes, fit) for policy in policies if "store" in policy.parts}
+    # of narrow rows, what comes with each entry is a larger part
+    narrow = min(1.0, OVERHEAD / (SPARE * (1 + ENTRY_BYTES / head_bytes(None))))
+    # the same policy said twice is one
+    policies = list(dict.fromkeys(policies))
+    forms = [(spec(policy), form(policy, head_bytes, fit)) for policy in policies if "store" in policy.parts]
     found: list[Family] = []
 
-    def add(name: str, at: Callable[[float], tuple[Policy, ...]]) -> None:
-        found.append(Family(name, at))
-        for called, one in forms.items():
+    def add(name: str, at: Callable[[float], tuple[Policy, ...]], least: float | None = None) -> None:
+        found.append(Family(name, lambda share: at(share * narrow), None if least is None else least / narrow))
+        for called, one in forms:
 
             def packed(share: float, one: Form = one) -> tuple[Policy, ...]:
                 store = one.beside()
@@ -118,21 +126,28 @@ def families(
                 # where all of it fits in this form nothing has to go
                 return (one.alone(share),) if share >= part * OVERHEAD else (*at(share / part), store)
 
-            found.append(Family(f"{name}, {called}", packed))
+            both = None if least is None or one.least is None else least * one.least / OVERHEAD
+            found.append(Family(f"{name}, {called}", packed, both))
 
-    found += [Family(called, single(one.alone)) for called, one in forms.items()]
+    found += [Family(called, single(one.alone), one.least) for called, one in forms]
     for policy in policies:
         if "store" in policy.parts:
             continue
+        called = spec(policy)
         if with_fit(policy):
-            add(policy.name, single(partial(fit, policy.name)))
+            add(called, single(partial(fit, policy.name)))
         elif "read" in policy.parts:
-            found.append(Family(f"{policy.name} (reads)", single(policy.within)))
+            found.append(Family(f"{called} (reads)", single(policy.within)))
         else:
-            add(policy.name, single(partial(even, policy, tokens)))
+            limits = policy.limits
+            add(called, single(partial(even, policy, tokens)), OVERHEAD * limits.least / tokens)
             for part in ELSEWHERE:
-                name = f"{policy.name} sparing heads, {part:.0%} elsewhere"
-                add(name, single(partial(spare, policy, gates, tokens, part)))
+                name = f"{called} sparing heads, {part:.0%} elsewhere"
+                add(
+                    name,
+                    single(partial(spare, policy, gates, tokens, part, lengths)),
+                    OVERHEAD * rest_of(limits) / tokens,
+                )
     return found
 
 
@@ -143,16 +158,19 @@ class Form:
     Args:
         alone: The policy that stores all entries within a share; raises `BadInput` where they do not fit.
         beside: The policy that stores what others keep.
+        least: The smallest share that `alone` can hold; None: not known.
     """
 
     alone: Callable[[float], Policy]
     beside: Callable[[], Policy]
+    least: float | None = None
 
 
 def form(policy: Policy, head_bytes: Callable[[Policy | None], float], fit: Fit) -> Form:
     """The form in which a policy stores; where its `fit` finds which parts get more bits, as many as fit."""
     if not with_fit(policy):
-        return Form(partial(only, policy, head_bytes(policy) / head_bytes(None) * OVERHEAD), lambda: policy)
+        least = head_bytes(policy) / head_bytes(None) * OVERHEAD
+        return Form(partial(only, policy, least), lambda: policy, least)
 
     def alone(share: float) -> Policy:
         # it counts spare slots itself
@@ -183,11 +201,18 @@ def even(policy: Policy, tokens: int, share: float) -> Policy:
     return policy.within(dataclasses.replace(policy.limits, keep=min(1.0, share / OVERHEAD)))
 
 
-def spare(policy: Policy, gates: Sequence[Value], tokens: int, part: float, share: float) -> Policy:
+def spare(
+    policy: Policy, gates: Sequence[Value], tokens: int, part: float, lengths: Sequence[int], share: float
+) -> Policy:
     """Everything for some heads, and a part of the budget for the others."""
     limits = policy.limits
-    rest = max(limits.sinks + limits.waiting + 64, round(part * share * tokens))
-    return sparing(policy, gates, share, tokens, rest, sinks=limits.sinks, every=limits.every)
+    rest = max(rest_of(limits), round(part * share * tokens))
+    return sparing(policy, gates, share, tokens, rest, sinks=limits.sinks, every=limits.every, lengths=lengths)
+
+
+def rest_of(limits: Budget) -> int:
+    """The fewest tokens that a head keeps where others keep everything."""
+    return limits.sinks + limits.waiting + 64
 
 
 def only(store: Policy, least: float, share: float) -> Policy:
@@ -241,7 +266,7 @@ def fitted(
         if "lengths" in takes:
             more |= {"lengths": (tokens // 4, tokens // 2), "unseen": tokens}
         return policy.fit(model, tokenizer, text, keep=share / OVERHEAD, **more)
-    ledger, key = Ledger(file), Ledger.key("heads", fingerprint(model), name)
+    ledger, key = Ledger(file), Ledger.key("heads", circumstances(model, tokenizer), name)
     if key not in ledger:
         ledger.add(key, written(policy.fit(model, tokenizer, **more)))
     found: Any = read(ledger[key])
@@ -262,7 +287,9 @@ def fitted(
     return found.within(Budget(rest, sinks=found.limits.sinks, recent=found.limits.recent, every=found.limits.every))
 
 
-def spared_heads(gates: Sequence[Value], share: float, tokens: int, rest: int) -> tuple[Value, ...]:
+def spared_heads(
+    gates: Sequence[Value], share: float, tokens: int, rest: int, lengths: Sequence[int] = ()
+) -> tuple[Value, ...]:
     """The KV heads of largest gate that may keep everything when the others keep `rest` tokens.
 
     Args:
@@ -270,22 +297,38 @@ def spared_heads(gates: Sequence[Value], share: float, tokens: int, rest: int) -
         share: Share of the cache of all heads.
         tokens: Length of the text that the share is of.
         rest: Tokens that each of the other heads keeps.
+        lengths: Tokens that each layer's own cache holds; (): all of them.
 
     Raises:
         BadInput: not even `rest` tokens for each head fit in the share.
     """
-    room = share / OVERHEAD * len(gates) * tokens - len(gates) * rest
+    whole = [lengths[layer] if lengths else tokens for layer, *_ in gates]
+    few = [min(rest, length) for length in whole]
+    room = share / OVERHEAD * sum(whole) - sum(few)
     if room < 0:
-        least = math.ceil(1000 * OVERHEAD * rest / tokens) / 1000
+        least = math.ceil(1000 * OVERHEAD * sum(few) / sum(whole)) / 1000
         raise BadInput(
             f"{share:.0%} of {tokens} tokens is less than the {rest} that every head keeps; the least is {least:.1%}"
         )
-    count = len(gates) if rest >= tokens else min(len(gates), int(room / (tokens - rest)))
-    return tuple(sorted(sorted(gates, key=lambda gate: -gate[2])[:count]))
+    spared = []
+    for n in sorted(range(len(gates)), key=lambda n: -gates[n][2]):
+        room -= whole[n] - few[n]
+        if room < 0:
+            break
+        spared.append(gates[n])
+    return tuple(sorted(spared))
 
 
 def sparing(
-    policy: Policy, gates: Sequence[Value], share: float, tokens: int, rest: int, *, sinks: int = 4, every: int = 16
+    policy: Policy,
+    gates: Sequence[Value],
+    share: float,
+    tokens: int,
+    rest: int,
+    *,
+    sinks: int = 4,
+    every: int = 16,
+    lengths: Sequence[int] = (),
 ) -> Policy:
     """A policy with a budget in which the heads of largest gate keep everything, and all others so many tokens.
 
@@ -297,11 +340,12 @@ def sparing(
         rest: Tokens that each of the other heads keeps, the first and recent ones among them.
         sinks: First tokens that all keep.
         every: How often entries are dropped while decoding.
+        lengths: Tokens that each layer's own cache holds; (): all of them.
 
     Raises:
         BadInput: the share is too small for that.
     """
-    heads = tuple((layer, head, 1.0) for layer, head, _ in spared_heads(gates, share, tokens, rest))
+    heads = tuple((layer, head, 1.0) for layer, head, _ in spared_heads(gates, share, tokens, rest, lengths))
     waiting = max(0, every - 1)
     # what recency alone keeps needs no word; where scores choose, half of the room is theirs
     recent = rest - sinks - waiting if policy.name == "streaming" else (rest - sinks - waiting + 1) // 2

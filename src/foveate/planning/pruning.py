@@ -15,16 +15,17 @@ import torch
 from foveate.compress.prune.part_removal import Course, PartRemoval
 from foveate.core.attach import attach, attention_layers
 from foveate.core.errors import BadInput
-from foveate.core.plan import Plan, fingerprint
+from foveate.core.plan import Plan
 from foveate.core.removing import KINDS
 from foveate.finding.reporting import Spread, spread, timed
-from foveate.planning.compressing import REPEATS, task
+from foveate.planning.compressing import REPEATS, askable, task
 from foveate.planning.examining import FOLLOW, HELD_OUT_STRETCHES, LEAST_STRETCHES, Tell, Value, ratio, stretches
 from foveate.planning.goals import PROBES
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
 from foveate.probe.perplexity import token_losses
-from foveate.probe.run import fits, run
+from foveate.probe.run import run
 from foveate.probe.sample import Task
+from foveate.probe.text import tokenised
 
 __all__ = ["Point", "Proof", "Pruned", "at_random", "halves", "in_words", "milestones", "prune"]
 
@@ -151,11 +152,11 @@ def prune(
             f"--tokens {tokens}: {type(model).__name__} reads {most}; give at most {most - 2 * FOLLOW}, for answers "
             "come behind the prompts"
         )
-    chosen_on, held_out = halves(tokenizer(text, verbose=False)["input_ids"], tokens, pieces)
+    ids, front = tokenised(tokenizer, text)
+    chosen_on, held_out = halves(ids, tokens, pieces, front)
     tasks = {one: task(one, tokens) for one in dict.fromkeys(probes)}
-    for one in tasks.values():
-        # a length that cannot be is told before the search
-        fits(model, one.samples(tokenizer, samples, SEED))
+    # a length that cannot be is told before the search
+    askable(model, tokenizer, tasks, tokens, (samples, SEED))
 
     def progress(done: int, of: int) -> None:
         if tell:
@@ -177,13 +178,16 @@ def prune(
     return Pruned(Plan.of(model, course.mechanism, evidence=evidence, name=name), course, points)
 
 
-def halves(ids: list[int], tokens: int, pieces: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def halves(
+    ids: list[int], tokens: int, pieces: int, front: Sequence[int] = ()
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Pieces of one half of a text to choose on, and of the other half to prove on; none overlap.
 
     Args:
         ids: The text.
         tokens: Length of a piece.
         pieces: How many to choose on.
+        front: What each piece begins with; these are some of `tokens`.
 
     Raises:
         BadInput: the text is too short to hold some of it out.
@@ -197,7 +201,9 @@ def halves(ids: list[int], tokens: int, pieces: int) -> tuple[tuple[tuple[int, .
         )
     held_out = min(HELD_OUT_STRETCHES, half // tokens)
     # a stretch is so much longer than what is asked for
-    return stretches(ids[:half], tokens - FOLLOW, pieces), stretches(ids[half:], tokens - FOLLOW, held_out)
+    parts = (ids[:half], pieces), (ids[half:], held_out)
+    chosen_on, proved_on = (stretches(part, tokens - FOLLOW, most, front) for part, most in parts)
+    return chosen_on, proved_on
 
 
 def milestones(count: int) -> tuple[int, ...]:
@@ -263,7 +269,7 @@ class Proof:
     tell: Tell | None = None
 
     def __post_init__(self) -> None:
-        self.ledger, self.of = Ledger(self.file), fingerprint(self.model)
+        self.ledger, self.of = Ledger(self.file), circumstances(self.model, self.tokenizer)
 
     def points(self, course: Course, counts: Sequence[int], tokens: int) -> tuple[Point, ...]:
         """The whole model, and the model after so many steps.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from foveate.core.budget import in_bytes
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
 from foveate.planning.examining import Exam, Standing, Tell
-from foveate.planning.goals import Goal
+from foveate.planning.goals import PERPLEXITY, Goal
 from foveate.planning.proposals import Family
 from foveate.probe.trials import FULL
 
@@ -20,6 +22,8 @@ GRID = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7)
 """Shares of the cache that are tried when quality decides; those between are tried afterwards."""
 BETWEEN = 3
 CONTENDERS = 3
+REASONS = 2
+"""So many reasons are told where nothing can be proposed."""
 ATTEMPTS = 4
 """Candidates that are put to the proof, each larger than the one before."""
 
@@ -120,8 +124,12 @@ def search(
         tell: Called with what is done, how much of it, and how much there is.
 
     Raises:
-        BadInput: none of the families can hold the share.
+        BadInput: none of the families can hold the share, or the full cache fails a probe that quality is asked of.
     """
+    called = [family.name for family in families]
+    if twice := next((name for name in called if called.count(name) > 1), None):
+        # what is tried goes by the name: one of them would be lost
+        raise RuntimeError(f"two families of policies are called {twice}")
     tried: dict[tuple[str, float], tuple[Policy, ...]] = {}
     impossible: dict[str, str] = {}
 
@@ -138,9 +146,14 @@ def search(
         for at in GRID if share is None else (share,):
             propose(family, at)
     if not tried:
-        reasons = "; ".join(f"{name}: {why}" for name, why in impossible.items())
-        raise BadInput(f"nothing can be proposed ({reasons}); allow a larger cache, or name another --policy")
+        raise BadInput(f"nothing can be proposed: {reasons(impossible)}. {way_out(families, goal, share)}")
     judged = candidates(model, tokenizer, exam, tried, file, tell)
+    for what, _ in goal.quality:
+        if what != PERPLEXITY and not judged[FULL].standing.full[what]:
+            raise BadInput(
+                f"--quality {what}: the full cache itself recalls none of {exam.count}, so no target can be a share of "
+                "that; ask for another probe, or plan for shorter texts with --tokens"
+            )
     if share is None:
         by_name = {family.name: family for family in families}
         for name in contenders(judged, goal):
@@ -151,6 +164,35 @@ def search(
     possible = {family for family, _ in tried}
     left = tuple((name, why) for name, why in impossible.items() if name not in possible)
     return Searched(tuple(ordered(judged.values(), goal, share)), left, full)
+
+
+def reasons(impossible: Mapping[str, str]) -> str:
+    """Why kinds of policies are impossible, in a few words: equal reasons once, and no more than the first ones."""
+    same: dict[str, list[str]] = {}
+    for name, why in impossible.items():
+        same.setdefault(why, []).append(name)
+    told = []
+    for why, (first, *others) in same.items():
+        who = f"{first} and {len(others)} more: " if others else f"{first}: "
+        told.append(why if why.startswith(first) else f"{who}{why}")
+    left = sum(len(names) for names in list(same.values())[REASONS:])
+    return "; ".join([*told[:REASONS], *([f"and {left} more like these"] if left else [])])
+
+
+def way_out(families: Sequence[Family], goal: Goal, share: float | None) -> str:
+    """What to do where nothing can be proposed."""
+    if share is None:
+        return "Plan for longer texts with --tokens, or name another --policy"
+    known = {family.name: family.least for family in families if family.least is not None and family.least < 1}
+    if not known:
+        return "Allow a larger cache, or name another --policy"
+    name = min(known, key=lambda one: known[one])
+    # rounded up, so that it fits
+    if goal.bytes is None:
+        least = f"--keep {math.ceil(1000 * known[name]) / 1000:g}"
+    else:
+        least = f"--bytes {math.ceil(known[name] / share * in_bytes(goal.bytes) / 1000)}kB"
+    return f"The least that is known to hold is {name}: give {least} or more, or name another --policy"
 
 
 def candidates(
@@ -172,8 +214,7 @@ def candidates(
 def ordered(found: Any, goal: Goal, share: float | None) -> list[Candidate]:
     """The best first: those that meet a quality by size, the others by what they miss; under a size by quality."""
     if share is not None:
-        # a share was made for, and a little more may be held: positions and spare room come in whole pieces
-        return sorted(found, key=lambda c: (c.standing.share > share * 1.03, c.standing.distance, c.standing.share))
+        return sorted(found, key=lambda c: (c.standing.share > share, c.standing.distance, c.standing.share))
 
     def key(c: Candidate) -> tuple[bool, float, float]:
         missed = bool(c.standing.missed(goal))

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.core.errors import BadInput
+from foveate.core.plan import fingerprint
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "circumstances"]
+
+PANGRAM = "The five boxing wizards jump quickly, 0123456789 times.\n"
 
 START = b'{"key": "'
 """What every line begins with."""
@@ -72,3 +75,17 @@ class Ledger:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab") as out:
             out.write(json.dumps({"key": key, "result": result}).encode() + b"\n")
+
+
+def circumstances(model: Any, tokenizer: Any = None) -> tuple[Any, ...]:
+    """What a number that was measured on a model depends on besides what was asked: a part of a ledger's keys.
+
+    Results in another precision, of another tokenizer or chat template, or of another version are other results.
+    """
+    from foveate import __version__
+
+    found: list[Any] = [fingerprint(model), str(model.dtype), __version__]
+    if tokenizer is not None:
+        sample = tokenizer(PANGRAM, verbose=False)["input_ids"]
+        found += [len(tokenizer), list(sample), getattr(tokenizer, "chat_template", None)]
+    return tuple(found)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
 from foveate.core.branches import Branched, Whole, branch, bytes_held, joined, model_bytes
+from foveate.core.cache import own_bytes
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
-from foveate.core.plan import fingerprint
 from foveate.core.policy import Policies
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
 from foveate.probe.run import ProbeResult, Record, fits, graded, limit, stop_tokens
 from foveate.probe.sample import Task
 
@@ -34,6 +35,8 @@ FULL = "full"
 """The name of the cache that keeps everything; it is always tried."""
 TOGETHER = 32
 """Caches that go on in one batch."""
+IN_MEMORY, EACH = 0.3, 0.25
+"""The share of the free memory that caches may take, and what share of a full cache one of them is taken to be."""
 PIECE = 32
 """Tokens of a text whose logits are held at once."""
 
@@ -102,10 +105,11 @@ def trials(
     """
     samples = task.samples(tokenizer, count, seed)
     fits(model, samples)
-    asked = (fingerprint(model), task, seed, count, unseen)
+    prompts = [tuple(sample.ids) for sample in samples]
+    asked = Ledger.key(circumstances(model, tokenizer), task, seed, count, unseen, prompts)
     stop = stop_tokens(model, tokenizer)
 
-    def one(n: int, todo: Settings) -> dict[str, dict[str, Any]]:
+    def one(n: int, todo: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
         sample = samples[n]
         at = sample.question_start if unseen else len(sample.ids)
         text, rest = sample.ids[:at], sample.ids[at:]
@@ -113,10 +117,8 @@ def trials(
         def answers(cache: DynamicCache, logits: Tensor, _: int) -> list[list[int]]:
             return spoken(model, cache, logits, rest, limit(sample), stop)
 
-        return {
-            name: asdict(graded(sample, tokenizer.decode(said))) | {"share_held": held}
-            for name, said, held in each(model, text, todo, answers)
-        }
+        for name, said, held in each(model, text, todo, answers):
+            yield name, asdict(graded(sample, tokenizer.decode(said))) | {"share_held": held}
 
     found = kept(settings, len(samples), asked, one, file, progress)
     tried = {}
@@ -154,19 +156,18 @@ def continuations(
     if follow < 1 or not texts or min(map(len, texts)) <= follow:
         shortest = min(map(len, texts), default=0)
         raise BadInput(f"follow={follow}: give stretches of text with tokens before these; the shortest has {shortest}")
-    asked = (fingerprint(model), follow)
+    asked = Ledger.key(circumstances(model), follow, [tuple(text) for text in texts])
 
-    def one(n: int, todo: Settings) -> dict[str, dict[str, Any]]:
+    def one(n: int, todo: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
         ids = list(texts[n])
 
         def losses(cache: DynamicCache, logits: Tensor, piece: int) -> list[float]:
             return surprise(model, cache, logits, ids[-follow:], piece)
 
-        return {
-            name: {"loss": loss, "share_held": held} for name, loss, held in each(model, ids[:-follow], todo, losses)
-        }
+        for name, loss, held in each(model, ids[:-follow], todo, losses):
+            yield name, {"loss": loss, "share_held": held}
 
-    found = kept(settings, len(texts), (*asked, [tuple(t) for t in texts]), one, file, progress)
+    found = kept(settings, len(texts), asked, one, file, progress)
     return {
         name: Continued(tuple(e["loss"] for e in entries), sum(e["share_held"] for e in entries) / len(entries))
         for name, entries in found.items()
@@ -176,8 +177,8 @@ def continuations(
 def kept(
     settings: Settings,
     count: int,
-    asked: tuple[Any, ...],
-    one: Callable[[int, Settings], dict[str, dict[str, Any]]],
+    asked: str,
+    one: Callable[[int, Settings], Iterator[tuple[str, dict[str, Any]]]],
     file: str | Path | None,
     progress: Progress | None,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -186,10 +187,10 @@ def kept(
     ledger = Ledger(file)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in everything}
     for n in range(count):
-        keys = {name: ledger.key(*asked, n, tuple(policies)) for name, policies in everything.items()}
+        keys = {name: ledger.key(asked, n, tuple(policies)) for name, policies in everything.items()}
         todo = {name: policies for name, policies in everything.items() if keys[name] not in ledger}
         if todo:
-            for name, entry in one(n, todo).items():
+            for name, entry in one(n, todo):
                 ledger.add(keys[name], entry)
         for name, key in keys.items():
             found[name].append(dict(ledger[key]))
@@ -199,9 +200,28 @@ def kept(
 
 
 def each(model: Any, text: Sequence[int], settings: Settings, go_on: GoOn) -> Iterator[tuple[str, Any, float]]:
-    """What comes of going on behind a text with each cache: name, result, and the share of bytes held."""
+    """What comes of going on behind a text with each cache: name, result, and the share of bytes held.
+
+    A text is read once, or as often as it takes for the caches to fit in memory.
+    """
     if not text:
         raise BadInput("there is no text before the question; a policy would have nothing to act on")
+    names, most = list(settings), at_once(model, len(text))
+    for start in range(0, len(names), most):
+        yield from these(model, text, {name: settings[name] for name in names[start : start + most]}, go_on)
+
+
+def at_once(model: Any, tokens: int) -> int:
+    """How many caches of so many tokens may be there at once."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return max(1, int(IN_MEMORY * free / (EACH * own_bytes(model, tokens))))
+
+
+def these(model: Any, text: Sequence[int], settings: Settings, go_on: GoOn) -> Iterator[tuple[str, Any, float]]:
+    """The same for caches that are all there at once."""
     ids = torch.tensor([list(text)], device=model.device)
     names = [name for name in settings if settings[name]]
     made = branch(model, ids, [settings[name] for name in names])

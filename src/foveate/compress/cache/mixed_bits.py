@@ -23,9 +23,9 @@ from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.params import bounded
 from foveate.core.places import Layers
-from foveate.core.plan import fingerprint
 from foveate.core.ragged import SIDES, Side
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
+from foveate.probe.text import tokenised
 from foveate.probe.trials import each
 
 __all__ = ["MixedBits"]
@@ -127,8 +127,9 @@ class MixedBits(Integers):
         for name, number in (("tokens", tokens), ("samples", samples), ("follow", follow)):
             if number < 1:
                 raise BadInput(f"MixedBits.fit({name}={number}): give at least 1")
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        last = len(ids) - tokens - follow
+        ids, front = tokenised(tokenizer, text)
+        length = tokens + follow - len(front)
+        last = len(ids) - length
         if last < samples - 1:
             raise BadInput(
                 f"MixedBits.fit: the text has {len(ids):,} tokens, and {samples} stretches of {tokens + follow:,} take "
@@ -139,8 +140,8 @@ class MixedBits(Integers):
         tried = [cls.eight(parts), *(cls.eight([p for p in parts if p != part]) for part in parts)]
         ledger, found = Ledger(file), []
         for n in range(samples):
-            some = ids[(at := n * last // max(1, samples - 1)) : at + tokens + follow]
-            key = ledger.key("mixed_bits", fingerprint(model), follow, some)
+            some = [*front, *ids[(at := n * last // max(1, samples - 1)) : at + length]]
+            key = ledger.key("mixed_bits", circumstances(model), follow, some)
             if key not in ledger:
                 ledger.add(key, divergences(model, some, follow, tried))
             found.append(ledger[key])

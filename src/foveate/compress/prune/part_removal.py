@@ -24,9 +24,8 @@ from foveate.core.card import Card, Needs
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Parts, Pruner
 from foveate.core.places import Head, Heads, Indices, Layers
-from foveate.core.plan import fingerprint
 from foveate.core.removing import KINDS
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
 
 __all__ = ["Course", "PartRemoval"]
 
@@ -170,10 +169,16 @@ class PartRemoval(Pruner):
             raise BadInput(f"PartRemoval.fit(first={first}): the last layer is {last}; give one that is there")
         # one attention of the model always stays
         most = len(left) - (sum(b.kind == "attention" for b in left) == len(search.attention))
+        if not most:
+            raise BadInput(
+                f"PartRemoval.fit(among={among!r}): {type(model).__name__} has attention in one layer only, and the "
+                "last attention never goes, as a KV cache counts its tokens there; let feed_forward parts go"
+            )
         if not 1 <= count <= most:
             raise BadInput(f"PartRemoval.fit(count={count}): from 1 to {most} of these parts can go")
         ledger = Ledger(file)
-        asked = "part_removal", fingerprint(model), [one.tolist() for one in texts], sorted(set(among)), measure, first
+        read = [one.tolist() for one in texts]
+        asked = "part_removal", circumstances(model), read, sorted(set(among)), measure, first
         keys = [Ledger.key(*asked, n) for n in range(count)]
         done = [Step.read(ledger[key]) for key in itertools.takewhile(ledger.__contains__, keys)]
         total, ticks = sum(len(left) - n for n in range(len(done), count)) * len(texts), itertools.count(1)

@@ -143,20 +143,25 @@ def row_alone(m: Policy) -> None:
     """A padded row of a batch says and keeps what it does alone, whatever the other rows say."""
     padding, ids = left_padded(), ids_of()
     cut = int((padding[1] == 0).sum())
-    for family in ("llama", "mistral"):
+    kinds = [("llama", tight(m)), ("mistral", tight(m))]
+    if "score" in m.parts and isinstance(m.limits.heads, str):
+        kinds.append(("llama", tight(m, heads="model")))
+    for family, policy in kinds:
         model = tiny.model(family)
         for chunks in ((), (17, 29)):
-            both = run(model, padded_ids(ids, padding), tight(m), padding, chunks)
-            alone = run(model, ids[1:, cut:], tight(m), None, [c - cut for c in chunks])
+            both = run(model, padded_ids(ids, padding), policy, padding, chunks)
+            alone = run(model, ids[1:, cut:], policy, None, [c - cut for c in chunks])
             where = f"{family}, chunks at {chunks}"
+            if policy.limits.heads == "model":
+                where += ", all heads compete"
             alike(decoded(both)[1:], decoded(alone), f"{where}: the padded row beside the same row alone")
             shifted = [[[p - cut for p in head] for head in layer[1]] for layer in positions(both)]
             same = shifted == [layer[0] for layer in positions(alone)]
             expect(same, f"{where}: the padded row keeps other tokens than the same row alone")
-            first = run(model, ids[:1], tight(m), None, chunks)
+            first = run(model, ids[:1], policy, None, chunks)
             alike(decoded(both)[:1], decoded(first), f"{where}: the longer row beside the same row alone")
             other = torch.cat([ids_of(seed=7)[:1], ids[1:]])
-            beside = run(model, padded_ids(other, padding), tight(m), padding, chunks)
+            beside = run(model, padded_ids(other, padding), policy, padding, chunks)
             alike(decoded(beside)[1:], decoded(both)[1:], f"{where}: another text in the other row")
 
 
