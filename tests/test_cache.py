@@ -182,6 +182,20 @@ def test_what_leaves_a_window_is_freed(family, policy):
 
 
 @torch.no_grad()
+def test_a_policy_chooses_among_what_is_in_sight():
+    """Under a window a budget buys no entry that no later token sees, but for the first ones."""
+    net, ids = tiny.model("gemma3", sliding_window=16), ids_of(length=60)
+    cache = DynamicCache(config=net.config)
+    with foveate.attach(net, HeavyHitters(Budget(0.75, sinks=2, recent=3, every=3)), trial=False):
+        for part in (ids[:, :45], *ids[:, 45:].split(1, 1)):
+            net(input_ids=part, past_key_values=cache)
+            sliding, full = ragged_layers(cache)
+            old = (sliding.store.positions() < sliding.seen - 16 - 2).sum(-1)
+            assert (old == 2).all() and int(sliding.store.length.max()) <= 0.75 * 16
+        assert int(full.store.length.min()) > 0.7 * 60
+
+
+@torch.no_grad()
 def test_tokens_are_taken_back_where_a_window_allows_it():
     net, ids = tiny.model("mistral"), ids_of()
     with foveate.attach(net, Whole(), trial=False):

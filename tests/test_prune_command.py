@@ -310,7 +310,7 @@ def test_an_interrupted_run_goes_on(folder, text, tmp_path, monkeypatch):
         ([], {"pieces": 0}, "--pieces 0"),
         ([], {"tokens": 64}, "--tokens 64"),
         ([], {"tokens": 256}, "--tokens 256, probe key_value: length=256 is too short"),
-        ([], {"tokens": 1900}, "reads 2048; give at most 1792"),
+        ([], {"tokens": 1900}, "reads 2048; plan for at most 1792"),
         ([], {"pieces": 4}, "too few to choose on one half and prove on the other"),
     ],
 )

@@ -105,6 +105,7 @@ class Compressed:
         return {
             "goal": asdict(self.goal),
             "met": self.met,
+            "missed": list(self.missed),
             "candidates": [c.to_json() for c in self.searched.candidates],
             "impossible": [list(pair) for pair in self.searched.impossible],
             "search_full": self.searched.full.to_json(),
@@ -193,10 +194,10 @@ def compress(
 
 
 def readable(model: Any, tokens: int) -> None:
-    """Raises for a model whose cache cannot be planned, or not for texts so long."""
+    """Raises for a model that no plan can be made for, or not for texts so long: answers come behind them."""
     name = type(model).__name__
     if not getattr(model, "can_generate", lambda: False)() or getattr(model.config, "is_encoder_decoder", False):
-        raise NotSupported(f"{name} is no causal language model, so no cache of it can be planned; give one that is")
+        raise NotSupported(f"{name} is no causal language model, so nothing can be planned for it; give one that is")
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is None or tokens <= most - ROOM:
         return

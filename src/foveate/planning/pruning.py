@@ -18,7 +18,7 @@ from foveate.core.errors import BadInput
 from foveate.core.plan import Plan
 from foveate.core.removing import KINDS
 from foveate.finding.reporting import Spread, spread, timed
-from foveate.planning.compressing import REPEATS, askable, task
+from foveate.planning.compressing import REPEATS, askable, readable, task
 from foveate.planning.examining import FOLLOW, HELD_OUT_STRETCHES, LEAST_STRETCHES, Tell, Value, ratio, stretches
 from foveate.planning.goals import PROBES
 from foveate.probe.ledger import Ledger, circumstances
@@ -146,12 +146,7 @@ def prune(
             probe, more parts than there are.
         NotSupported: the model's parts cannot be told apart.
     """
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and tokens > most - 2 * FOLLOW:
-        raise BadInput(
-            f"--tokens {tokens}: {type(model).__name__} reads {most}; give at most {most - 2 * FOLLOW}, for answers "
-            "come behind the prompts"
-        )
+    readable(model, tokens)
     ids, front = tokenised(tokenizer, text)
     chosen_on, held_out = halves(ids, tokens, pieces, front)
     tasks = {one: task(one, tokens) for one in dict.fromkeys(probes)}
