@@ -23,7 +23,7 @@ from foveate.planning.compressing import Compressed, Cost, cache_bytes
 from foveate.planning.examining import FOLLOW, Exam, Standing, Value, ratio, split
 from foveate.planning.goals import Goal, parse_quality
 from foveate.planning.heads import answer_mass
-from foveate.planning.proposals import Family, families, fitted, named, spared_heads, sparing
+from foveate.planning.proposals import Family, families, fitted, level, named, spared_heads, sparing
 from foveate.planning.searching import (
     Candidate,
     Searched,
@@ -439,6 +439,10 @@ def test_heads_are_spared_as_far_as_windows_reach():
     assert [gate[:2] for gate in found] == [(0, 0), (0, 1), (1, 0)]
     # 2 x 2 heads of 100 and 2 x 2 of 1000 are 4,400; all keep 50
     assert 2 * 100 + 1000 + 5 * 50 <= 0.5 / 1.05 * 4400 < 2 * 100 + 2 * 1000 + 4 * 50
+    assert level(lengths, 400) == 100 and level(lengths, 1000) == 400 and level(lengths, 9999) == 1000
+    first, *_ = families([Streaming()], gates, 1000, lambda _: 1000, lambda *_: Streaming(), lengths)
+    (even,) = first.at(0.5)
+    assert 200 + 2 * 1000 * even.limits.keep == pytest.approx(0.5 / 1.05 * 2200)
     with pytest.raises(BadInput, match=r"the least is 9\.6%"):
         spared_heads(gates, 0.05, 1000, 50, lengths)
 

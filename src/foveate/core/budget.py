@@ -26,8 +26,8 @@ class Budget:
     """How many entries each KV head keeps.
 
     Args:
-        keep: A share of the tokens seen (0.25), in a layer with a sliding window of those that it covers; a number of
-            tokens per head (512); or bytes of the whole cache ("200MB").
+        keep: A share of the tokens seen (0.25), a number of tokens per head (512), or bytes of the whole cache
+            ("200MB").
         sinks: First tokens of each text that always stay.
         recent: Last tokens that always stay.
         layers: "uniform", or "pyramid" (lower layers keep more).

@@ -222,10 +222,6 @@ class RaggedLayer(CacheLayerMixin):
         """The first position that the token after those seen can look at."""
         return 0 if self.window is None or self.recording else max(0, self.seen + 1 - self.window)
 
-    def in_sight(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """How many of so many tokens the window covers."""
-        return tokens if self.window is None else tokens.clamp_max(self.window)
-
     def out_of_sight(
         self, position: Int[Tensor, "batch kv_heads entry"], sinks: int
     ) -> Bool[Tensor, "batch kv_heads entry"]:

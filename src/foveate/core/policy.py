@@ -234,7 +234,7 @@ def chosen(
     if policy is None or view.queries > 1 or policy.limits.whole:
         return None
     layer = layers[at]
-    room = policy.counts(layer.in_sight(layer.real), at, len(layers), view.kv_heads, entry_bytes(view, policies, at))
+    room = policy.counts(layer.real, at, len(layers), view.kv_heads, entry_bytes(view, policies, at))
     only = policy.read(Reading(view, mask, layers, at, room, policy.limits))
     if only is None:
         return None
@@ -287,16 +287,13 @@ def compress(
         kv_heads=view.kv_heads,
         entry_bytes=entry_bytes(view, policies, at),
     )
-    later = layer.in_sight(real + budget.waiting)
-    counts = share(later)
-    everything, counts = counts >= later[:, None], counts - budget.waiting
+    counts = share(real + budget.waiting) - budget.waiting
     held = of_call(layer, rows, counts) if rows is not None else of_store(layer, view, mask, policy, counts)
     score = torch.zeros_like(held.before) if budget.whole else scored(policy, held)
     if layer.horizon:
         left = layer.out_of_sight(held.position, budget.sinks)
         held = replace(held, position=held.position.masked_fill(left, EMPTY))
         layer.faded = layer.horizon
-    counts = torch.where(everything, held.there.sum(-1), counts)
     pinned = budget.pinned(held.there) | policy.pinned(held)
     ranked = score.masked_fill(pinned, torch.finfo(score.dtype).max)
     ranked = ranked.masked_fill(~held.there, -torch.inf)

@@ -140,15 +140,17 @@ def families(
             found.append(Family(f"{called} (reads)", single(policy.within)))
         else:
             limits = policy.limits
-            add(called, single(partial(even, policy, tokens)), OVERHEAD * limits.least / tokens)
+            add(called, single(partial(even, policy, tokens, lengths)), share_of(limits.least, lengths or (tokens,)))
+            least = share_of(rest_of(limits), lengths or (tokens,))
             for part in ELSEWHERE:
                 name = f"{called} sparing heads, {part:.0%} elsewhere"
-                add(
-                    name,
-                    single(partial(spare, policy, gates, tokens, part, lengths)),
-                    OVERHEAD * rest_of(limits) / tokens,
-                )
+                add(name, single(partial(spare, policy, gates, tokens, part, lengths)), least)
     return found
+
+
+def share_of(count: int, lengths: Sequence[int]) -> float:
+    """The share of a cache that so many tokens of each head take."""
+    return OVERHEAD * sum(min(count, length) for length in lengths) / sum(lengths)
 
 
 @dataclass(frozen=True)
@@ -188,17 +190,29 @@ def single(made: Callable[[float], Policy]) -> Callable[[float], tuple[Policy, .
     return lambda share: (made(share),)
 
 
-def even(policy: Policy, tokens: int, share: float) -> Policy:
-    """The same share for every head.
+def even(policy: Policy, tokens: int, lengths: Sequence[int], share: float) -> Policy:
+    """The same share for every head; where a window leaves a head less, the others get what it cannot take.
 
     Raises:
         BadInput: the policy always keeps more.
     """
-    if share / OVERHEAD * tokens < policy.limits.least:
+    whole = lengths or (tokens,)
+    keep = level(whole, share / OVERHEAD * sum(whole)) / tokens
+    if keep * tokens < policy.limits.least:
         raise BadInput(
             f"{policy.name} always keeps {policy.limits.least} tokens of each head, more than {share:.1%} of {tokens}"
         )
-    return policy.within(dataclasses.replace(policy.limits, keep=min(1.0, share / OVERHEAD)))
+    return policy.within(dataclasses.replace(policy.limits, keep=min(1.0, keep)))
+
+
+def level(lengths: Sequence[int], total: float) -> float:
+    """The number that sums to a total when it is taken from each length, or all of a length that has not so much."""
+    for n, length in enumerate(sorted(lengths)):
+        each = total / (len(lengths) - n)
+        if each <= length:
+            return each
+        total -= length
+    return max(lengths)
 
 
 def spare(
@@ -306,7 +320,7 @@ def spared_heads(
     few = [min(rest, length) for length in whole]
     room = share / OVERHEAD * sum(whole) - sum(few)
     if room < 0:
-        least = math.ceil(1000 * OVERHEAD * sum(few) / sum(whole)) / 1000
+        least = math.ceil(1000 * share_of(rest, whole)) / 1000
         raise BadInput(
             f"{share:.0%} of {tokens} tokens is less than the {rest} that every head keeps; the least is {least:.1%}"
         )
