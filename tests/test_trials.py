@@ -16,8 +16,9 @@ import foveate
 from foveate.compress import ExpectedAttention, HeavyHitters, KeyNorm, MergeDropped, Pages, Quantised, Streaming
 from foveate.core import branches
 from foveate.core.branches import Whole, branch, bytes_held, joined, model_bytes
-from foveate.core.cache import own_bytes, ragged_layers
+from foveate.core.cache import ragged_layers
 from foveate.core.errors import BadInput
+from foveate.core.own_cache import entries_of, own_bytes
 from foveate.probe import Passkey, run
 from foveate.probe.ledger import Ledger
 from foveate.probe.trials import EACH, FULL, IN_MEMORY, at_once, continuations, trials
@@ -141,6 +142,15 @@ def test_bytes_of_the_models_own_cache(family):
     assert model_bytes(made.full) == sum((layer.keys.numel() + layer.values.numel()) * 4 for layer in own.layers)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_the_models_own_cache_is_known_whatever_is_attached(family):
+    net = tiny.model(family)
+    plain = entries_of(net)
+    assert len(plain) == net.config.num_hidden_layers
+    with foveate.attach(net, Streaming(FEW), Quantised(), trial=False):
+        assert entries_of(net) == plain
+
+
 # ---------------------------------------------------------------- trials
 
 
@@ -177,17 +187,23 @@ def test_a_question_that_is_seen_is_compressed_with_the_text(llama, tokenizer):
     assert seen["heavy"].share < unseen["heavy"].share
 
 
-def test_an_interrupted_trial_goes_on(llama, tokenizer, tmp_path, monkeypatch):
-    file = tmp_path / "so far.jsonl"
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """How many caches each reading of a prompt fills; the third one is broken off."""
+    made = []
 
     def counted(model, prompt, settings, *beside):
-        calls.append(len(settings))
-        if len(calls) == 3:
+        made.append(len(settings))
+        if len(made) == 3:
             raise KeyboardInterrupt
         return branch(model, prompt, settings, *beside)
 
     monkeypatch.setattr("foveate.probe.trials.branch", counted)
+    return made
+
+
+def test_an_interrupted_trial_goes_on(llama, tokenizer, tmp_path, calls):
+    file = tmp_path / "so far.jsonl"
     with pytest.raises(KeyboardInterrupt):
         trials(llama, tokenizer, TASK, SETTINGS, 4, file=file)
     # the line that was being written
@@ -204,16 +220,9 @@ def test_an_interrupted_trial_goes_on(llama, tokenizer, tmp_path, monkeypatch):
     assert trials(llama, tokenizer, TASK, SETTINGS, 4) == found
 
 
-def test_caches_that_do_not_fit_at_once_are_filled_in_turn(llama, tokenizer, tmp_path, monkeypatch):
-    want, calls = trials(llama, tokenizer, TASK, SETTINGS, 2), []
-
-    def counted(model, prompt, settings, *beside):
-        calls.append(len(settings))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return branch(model, prompt, settings, *beside)
-
-    monkeypatch.setattr("foveate.probe.trials.branch", counted)
+def test_caches_that_do_not_fit_at_once_are_filled_in_turn(llama, tokenizer, tmp_path, monkeypatch, calls):
+    want = trials(llama, tokenizer, TASK, SETTINGS, 2)
+    calls.clear()
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * EACH / IN_MEMORY * whole))
     whole = own_bytes(llama, at_question(tokenizer))
     assert at_once(llama, at_question(tokenizer)) == 2
@@ -250,6 +259,9 @@ def test_a_run_goes_on_as_well(llama, tokenizer, tmp_path, monkeypatch):
     file = tmp_path / "run.jsonl"
     first = run(llama, tokenizer, TASK, 3, unseen=True, file=file)
     assert len(file.read_text().splitlines()) == 3
+    # another model is asked anew
+    run(tiny.model("llama", seed=1, max_position_embeddings=1024), tokenizer, TASK, 3, unseen=True, file=file)
+    assert len(file.read_text().splitlines()) == 6
     # by the module itself: the package has a function of its name
     monkeypatch.setattr(sys.modules["foveate.probe.run"], "ask", lambda *_: pytest.fail("asked again"))
     assert run(llama, tokenizer, TASK, 3, unseen=True, file=file) == first

@@ -8,7 +8,6 @@ What comes out is what `model.generate` gives for the prompts with their continu
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.attach import attach
+from foveate.core.calls import few_logits
 from foveate.core.errors import BadInput, NothingObserved, NotSupported
 from foveate.core.prefix import Layout, PrefixLayer, bytes_full, prefix_cache, prefix_layers
 
@@ -229,7 +229,7 @@ class Shared:
         layout = Layout(spans, begin, begin + start, start, text)
         cache = prefix_cache(layout, [one.kept for one in above], self, self.model)
         # logits of a whole prompt would take more memory than the model
-        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        few = few_logits(self.model)
         new = torch.tensor([ids], device=device)
         self.model(input_ids=new, past_key_values=cache, use_cache=True, **few)
         kept = [x.level() if isinstance(x, PrefixLayer) and x.keys is not None else None for x in cache.layers]

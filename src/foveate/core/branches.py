@@ -6,7 +6,6 @@ does not depend on any other. Reading dominates the price of a trial; with branc
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
-from foveate.core.cache import RaggedLayer, adopt, own_length, ragged_layers
+from foveate.core.cache import RaggedLayer, adopt, ragged_layers
+from foveate.core.calls import few_logits
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Mechanism, Policy
+from foveate.core.own_cache import own_length
 from foveate.core.policy import Policies
 from foveate.core.ragged import Ragged
 
@@ -70,7 +71,7 @@ def branch(
     full = DynamicCache(config=model.config)
     caches = tuple(DynamicCache(config=model.config) for _ in settings)
     # logits of a whole prompt would take more memory than the model
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    few = few_logits(model)
     with attach(model, Whole(), *beside, trial=False) as attached:
         for cache in caches:
             adopt(cache, weakref.ref(attached), model.config)

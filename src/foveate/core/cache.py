@@ -8,7 +8,6 @@ prompt's keys that are not kept are never stored, and a call that fails leaves t
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,27 +27,10 @@ from foveate.core.errors import NotSupported
 from foveate.core.mask import Mask
 from foveate.core.ragged import EMPTY, Ragged, Store
 
-__all__ = ["Entry", "RaggedLayer", "adopt", "entries_of", "lengths", "own_bytes", "own_length", "ragged_layers"]
+__all__ = ["RaggedLayer", "adopt", "ragged_layers"]
 
 # tokens that leave a window together
 TOGETHER = 32
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a layer of a model keeps of each token.
-
-    Args:
-        heads: KV heads.
-        key: Numbers of a key.
-        value: Numbers of a value.
-        window: How many tokens a query sees at most; None: all.
-    """
-
-    heads: int
-    key: int
-    value: int
-    window: int | None
 
 
 class Watched:
@@ -311,34 +293,6 @@ def ragged_layers(cache: Any) -> list[RaggedLayer]:
     """The layers of a cache that are ragged."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, RaggedLayer)]
-
-
-def own_length(window: int | None, tokens: int) -> int:
-    """How many of so many tokens transformers' own cache holds between two calls where queries see a window."""
-    return tokens if window is None else min(tokens, window - 1)
-
-
-@torch.no_grad()
-def entries_of(model: Any) -> list[Entry]:
-    """What each layer that has a cache keeps of a token, by asking the model."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
-    return [
-        Entry(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None))
-        for layer in cache.layers
-        if isinstance(layer, DynamicLayer) and layer.is_initialized
-    ]
-
-
-def lengths(model: Any, tokens: int) -> list[int]:
-    """How many of so many tokens each layer of the model's own cache holds between two calls."""
-    return [own_length(e.window, tokens) for e in entries_of(model)]
-
-
-def own_bytes(model: Any, tokens: int) -> int:
-    """Bytes of the model's own cache of one text, between two calls."""
-    numbers = sum(e.heads * (e.key + e.value) * own_length(e.window, tokens) for e in entries_of(model))
-    return numbers * model.dtype.itemsize
 
 
 def converted(layer: Any) -> RaggedLayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from foveate.core.rows import Layer, View
 from foveate.core.standing import Standing
 
-__all__ = ["call_of", "standing_in"]
+__all__ = ["call_of", "few_logits", "standing_in"]
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "o", "dense", "wo")
 
@@ -77,3 +78,8 @@ def output_projection(module: torch.nn.Module, inner: int) -> Tensor | None:
             if weight.shape[1] == inner:
                 return weight
     return None
+
+
+def few_logits(model: torch.nn.Module) -> dict[str, int]:
+    """How a model is asked for the logits of the last token alone, where it can be: those of a prompt outweigh it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from foveate.core.attach import attach
+from foveate.core.calls import few_logits
 from foveate.core.mechanism import Mechanism, PromptEdit
 from foveate.core.places import spans_of
 from foveate.finding.judging import Judge
@@ -146,10 +147,10 @@ def slowdown(model: Any, mechanisms: Sequence[Mechanism], tokens: int = 512, rep
 
 def timed(model: Any, ids: torch.Tensor, mechanisms: Sequence[Mechanism]) -> tuple[float, float]:
     """Seconds of a prompt, and of a decoded token."""
+    few = few_logits(model)
     with attach(model, *mechanisms, trial=False) if mechanisms else nullcontext():
         begun = time.perf_counter()
-        # logits of a whole prompt would take more memory than the model, and time of their own
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(input_ids=ids, use_cache=True, **few).past_key_values
         between = time.perf_counter()
         for _ in range(4):
             cache = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from foveate.core.attach import attach
-from foveate.core.cache import entries_of, lengths, own_bytes
 from foveate.core.errors import BadInput, NotSupported
 from foveate.core.mechanism import Policy
+from foveate.core.own_cache import entries_of, lengths, own_bytes
 from foveate.core.places import Value as Gate
 from foveate.core.plan import Plan, read, written
 from foveate.core.ragged import ENTRY_BYTES, SIDES

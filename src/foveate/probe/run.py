@@ -6,7 +6,6 @@ drops entries knowing what is asked; it is *unseen* where the text is read, and 
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
+from foveate.core.calls import few_logits
 from foveate.core.errors import BadInput
-from foveate.probe.ledger import Ledger
+from foveate.probe.ledger import Ledger, circumstances
 from foveate.probe.sample import Sample, Task
 
 __all__ = ["ProbeResult", "Record", "greedy", "run", "wilson"]
@@ -105,10 +105,10 @@ def run(
     """
     samples = task.samples(tokenizer, count, seed)
     fits(model, samples)
-    ledger = Ledger(file)
+    ledger, own = Ledger(file), circumstances(model, tokenizer)
     records: list[Record] = []
     for n, sample in enumerate(samples):
-        key = ledger.key(task, seed, count, unseen, n)
+        key = ledger.key(own, task, seed, count, unseen, n, tuple(sample.ids))
         if key not in ledger:
             ledger.add(key, asdict(ask(model, tokenizer, sample, unseen)))
         records.append(Record(**ledger[key]))
@@ -165,7 +165,7 @@ def greedy(model: Any, ids: Sequence[int], limit: int, stop: Collection[int] = (
         what = "the prompt is empty" if not ids else f"all {len(ids)} tokens of the prompt are its context"
         raise BadInput(f"{what}; decoding needs at least one token behind it.")
     # Logits of a whole prompt would take more memory than the model.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    few = few_logits(model)
     cache, said = None, []
     if context:
         before = torch.tensor([list(ids[:context])], device=model.device)

@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache
 
 from foveate.core.attach import attach
 from foveate.core.branches import Branched, Whole, branch, bytes_held, joined, model_bytes
-from foveate.core.cache import own_bytes
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import Policy
+from foveate.core.own_cache import own_bytes
 from foveate.core.policy import Policies
 from foveate.probe.ledger import Ledger, circumstances
 from foveate.probe.run import ProbeResult, Record, fits, graded, limit, stop_tokens

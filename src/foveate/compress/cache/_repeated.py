@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.attach import attach
+from foveate.core.calls import few_logits
 from foveate.core.errors import BadInput
 from foveate.core.mechanism import RowMetric
 from foveate.core.places import Head
@@ -75,7 +75,7 @@ def repetition_scores(
             f"take tokens={(most - 1) // repeats} or fewer"
         )
     metric = Repeated(len(begin) + tokens)
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    few = few_logits(model)
     with attach(model, metric) as attached:
         model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, **few)
         table = attached.results.heads

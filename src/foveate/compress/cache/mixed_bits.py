@@ -132,8 +132,8 @@ class MixedBits(Integers):
         last = len(ids) - length
         if last < samples - 1:
             raise BadInput(
-                f"MixedBits.fit: the text has {len(ids):,} tokens, and {samples} stretches of {tokens + follow:,} take "
-                f"{tokens + follow + samples - 1:,} at least; give a longer text, or fewer tokens"
+                f"MixedBits.fit: the text has {len(ids):,} tokens, and {samples} stretches of {length:,} take "
+                f"{length + samples - 1:,} at least; give a longer text, or fewer tokens"
             )
         layers = range(model.config.get_text_config(decoder=True).num_hidden_layers)
         parts = [(side, layer) for side in SIDES for layer in layers]
