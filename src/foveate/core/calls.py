@@ -80,6 +80,6 @@ def output_projection(module: torch.nn.Module, inner: int) -> Tensor | None:
     return None
 
 
-def few_logits(model: torch.nn.Module) -> dict[str, int]:
+def few_logits(model: Any) -> dict[str, int]:
     """How a model is asked for the logits of the last token alone, where it can be: those of a prompt outweigh it."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

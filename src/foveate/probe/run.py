@@ -105,7 +105,8 @@ def run(
     """
     samples = task.samples(tokenizer, count, seed)
     fits(model, samples)
-    ledger, own = Ledger(file), circumstances(model, tokenizer)
+    ledger = Ledger(file)
+    own = () if file is None else circumstances(model, tokenizer)
     records: list[Record] = []
     for n, sample in enumerate(samples):
         key = ledger.key(own, task, seed, count, unseen, n, tuple(sample.ids))
